@@ -1,0 +1,60 @@
+"""distloop: one readable training loop, and any way of collecting gradients behind it.
+
+What a user needs is here, imported when first used, so that ``import distloop`` and ``distloop --help`` cost nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distloop.api import fit
+    from distloop.errors import DistloopError
+    from distloop.learner import Learner, Objective
+    from distloop.loop import Update, train
+    from distloop.session import Record, Result
+    from distloop.tasks.base import Supervised, Task, accuracy
+    from distloop.world import World
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "fit": "distloop.api",
+    "DistloopError": "distloop.errors",
+    "Learner": "distloop.learner",
+    "Objective": "distloop.learner",
+    "Update": "distloop.loop",
+    "train": "distloop.loop",
+    "Record": "distloop.session",
+    "Result": "distloop.session",
+    "Supervised": "distloop.tasks.base",
+    "Task": "distloop.tasks.base",
+    "accuracy": "distloop.tasks.base",
+    "World": "distloop.world",
+}
+
+__all__ = [
+    "DistloopError",
+    "Learner",
+    "Objective",
+    "Record",
+    "Result",
+    "Supervised",
+    "Task",
+    "Update",
+    "World",
+    "accuracy",
+    "fit",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'distloop' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,104 @@
+"""Stopping together: one rank's signal or clock becomes a decision of all ranks, taken at the same step."""
+
+from __future__ import annotations
+
+import enum
+import signal
+import time
+from types import FrameType, TracebackType
+
+import torch
+
+from distloop.transports import Rows, Transport
+
+
+class Stop(enum.IntEnum):
+    """Why a run stops at a step. Where ranks ask for different reasons, the highest wins."""
+
+    NO = 0
+    ASKED = 1
+    TIME = 2
+    INTERRUPTED = 3
+    TERMINATED = 4
+
+
+class Agreement:
+    """Collects wishes to stop. Ranks exchange them now and then, and learn of them one step later, so nobody waits.
+
+    How often is itself agreed: about every ``every`` seconds by the slowest rank's clock, which all ranks know from the
+    exchange before.
+    """
+
+    def __init__(self, transport: Transport, *, max_seconds: float | None = None, every: float = 0.25):
+        self._transport, self._every = transport, every
+        self._begun = self._last = time.monotonic()
+        self._deadline = None if max_seconds is None else self._begun + max_seconds
+        self._wish = Stop.NO
+        self._pending: Rows | None = None
+        self._step = self._last_step = 0
+        self._next = 1
+
+    def ask(self, reason: Stop) -> None:
+        """Wish to stop. Safe to call in a signal handler."""
+        self._wish = max(self._wish, reason)
+
+    def __call__(self) -> Stop:
+        """Note that a step is done; return what all ranks decide here. Call at every step on every rank."""
+        self._step += 1
+        if self._transport.size == 1:
+            return self._own()
+        if self._pending is not None:
+            return self._read(self._pending)
+        if self._step >= self._next:
+            now = time.monotonic()
+            seconds_per_step = (now - self._last) / (self._step - self._last_step)
+            self._last, self._last_step = now, self._step
+            self._pending = self._transport.all_gather(torch.tensor([self._own(), seconds_per_step], dtype=torch.float64))
+        return Stop.NO
+
+    def now(self) -> Stop:
+        """Decide at once, waiting for the other ranks; for points that every rank reaches anyway."""
+        if self._transport.size == 1:
+            return self._own()
+        agreed = self._read(self._pending) if self._pending is not None else Stop.NO
+        rows = self._transport.all_gather(torch.tensor([self._own()], dtype=torch.float64)).wait()
+        return max(agreed, Stop(int(rows.max())))
+
+    def _read(self, pending: Rows) -> Stop:
+        self._pending = None
+        wishes, seconds = pending.wait().amax(0).tolist()
+        self._next = self._step + min(max(1, int(self._every / max(seconds, 1e-9))), 1000)
+        return Stop(int(wishes))
+
+    def _own(self) -> Stop:
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            self.ask(Stop.TIME)
+        return self._wish
+
+
+class Signals:
+    """While entered, SIGTERM and the first Ctrl-C ask for a stop; the second Ctrl-C interrupts at once."""
+
+    def __init__(self, agreement: Agreement):
+        self._agreement = agreement
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Signals:
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        except ValueError:
+            pass  # not the main thread: whoever owns the process owns its signals
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
+        self._before.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._agreement.ask(Stop.INTERRUPTED)
+        else:
+            self._agreement.ask(Stop.TERMINATED)

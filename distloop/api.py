@@ -1,0 +1,53 @@
+"""Training from Python: the same run that the command line makes, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from distloop.build import Builder, make_place
+from distloop.session import Observer, Result
+from distloop.settings import Resolved, from_environment, from_file, from_mapping, resolve
+from distloop.tasks import check_task
+from distloop.world import World
+
+
+def fit(
+    task: Any,
+    *,
+    observers: Sequence[Observer] = (),
+    config: str | Path | None = None,
+    **sections: Mapping[str, Any],
+) -> Result:
+    """Train ``task`` and return how it went; its models are then the best ones.
+
+    Runs alone in a plain Python process, and as one rank of many under torchrun.
+
+    Args:
+        task: what to learn, for instance a :class:`distloop.Supervised`.
+        observers: called on rank 0 with every :class:`distloop.Record`; a true return value asks for a stop.
+        config: a configuration file to start from.
+        sections: sections of the configuration, as in ``optimizer={"name": "sgd", "lr": 0.1}``.
+
+    Raises:
+        distloop.errors.DistloopError: with one sentence that says where, what, and what would be right.
+    """
+    check_task(task, "argument task")
+    layers = [from_file(Path(config))] if config is not None else []
+    name = from_mapping({"task": {"name": type(task).__name__}})
+    resolved = resolve(name, *layers, from_environment(), from_mapping(sections))
+    return run(resolved, World.from_environment(), task=task, observers=observers)
+
+
+def run(resolved: Resolved, world: World, *, task: Any = None, observers: Sequence[Observer] = ()) -> Result:
+    """Run a resolved configuration as the rank that ``world`` says."""
+    builder = Builder(resolved, task)
+    place = make_place(resolved.config, world)
+    try:
+        result = builder.session(place, observers).run()
+    except BaseException:
+        place.transport.close(failed=True)
+        raise
+    place.transport.close()
+    return result

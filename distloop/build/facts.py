@@ -1,0 +1,62 @@
+"""What a user wants to see before training starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from distloop.build.method import lr_scale
+from distloop.build.place import Place
+from distloop.config import Config
+from distloop.data import Plan
+from distloop.learner import Learner
+
+
+def facts(
+    config: Config, learners: Sequence[Learner], plan: Plan | None, steps: int | None, place: Place, directory: Path
+) -> dict[str, str]:
+    """Return one line each about task, world, strategy, batch, length, optimizer and place of the results."""
+    world, strategy = place.world, config.strategy.name
+    ranks = "1 rank" if world.size == 1 else f"{world.size} ranks started by {world.launcher}"
+    threads = torch.get_num_threads()
+    lines = {
+        "task": f"{config.task.name}: " + ", ".join(_describe(learner) for learner in learners),
+        "world": f"{ranks} on {place.device.type}, {threads} thread{'s' if threads > 1 else ''} each",
+        "strategy": strategy if world.size > 1 else f"none needed for one rank ({strategy} with more)",
+    }
+    if plan is not None:
+        lines["batch"] = _batch(plan, world.size)
+    lines["length"] = "until stopped" if steps is None else f"{steps} steps"
+    lines["optimizer"] = _optimizer(config, learners[0].base_lr)
+    lines["precision"] = config.precision.name
+    return lines | {"results": str(directory)}
+
+
+def _describe(learner: Learner) -> str:
+    count = sum(p.numel() for p in learner.strategy.parameters.values())
+    return f"{learner.name} with {count:,} parameters"
+
+
+def _batch(plan: Plan, ranks: int) -> str:
+    micro = plan.micro_batch_size or -(-min(plan.global_batch_size, plan.samples) // ranks)
+    accumulation = plan.accumulation(ranks)
+    return (
+        f"{plan.global_batch_size} samples = {ranks} rank{'s' if ranks > 1 else ''} x {accumulation} "
+        f"micro-batch{'es' if accumulation > 1 else ''} of at most {micro}; {plan.samples} samples in {plan.steps} steps per epoch"
+    )
+
+
+def _optimizer(config: Config, lr: float) -> str:
+    c, schedule = config.optimizer, config.schedule
+    text = f"{c.name}, lr {lr:.4g}"
+    scale = lr_scale(c, config.data.global_batch_size)
+    if c.lr_scaling != "none":
+        text += f" = {c.lr:.4g} x {scale:.4g} ({c.lr_scaling} scaling from batch {c.reference_batch_size})"
+    text += f", {schedule.name.replace('_', '-')}"
+    if schedule.warmup_steps:
+        text += f" with {schedule.warmup_steps} steps of warm-up"
+    if c.weight_decay:
+        text += f", weight decay {c.weight_decay:g} " + ("on all" if c.decay_biases_and_norms else "not on biases and norms")
+    return text

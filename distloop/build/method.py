@@ -1,0 +1,122 @@
+"""The method of optimisation that a configuration describes: rule, schedule, clipping, learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from distloop import optimizer as optimizers
+from distloop import schedules, transforms
+from distloop.config import OptimizerSection, ScheduleSection
+from distloop.settings import Resolved
+from distloop.tasks import import_object
+
+# Which keys each method reads, beside the common ones; a key that nobody reads is refused where it is given.
+OPTIMIZERS = {
+    "sgd": {"momentum", "nesterov"},
+    "rmsprop": {"momentum", "eps", "alpha"},
+    "adam": {"betas", "eps"},
+    "adamw": {"betas", "eps"},
+}
+SCHEDULES: dict[str, set[str]] = {
+    "constant": set(),
+    "step": {"every", "gamma"},
+    "linear": {"steps", "final"},
+    "cosine": {"steps", "final"},
+    "one_cycle": {"steps", "peak", "start_div", "final_div"},
+    "plateau": {"gamma", "patience", "threshold"},
+}
+EVERY_OPTIMIZER = {"name", "lr", "weight_decay", "decay_biases_and_norms", "lr_scaling", "reference_batch_size"}
+EVERY_SCHEDULE = {"name", "warmup_steps", "warmup_start"}
+
+
+class Method:
+    """Makes the parts of a learner that say how gradients become updates.
+
+    Raises:
+        ConfigError: a name is unknown, or a key is given that the chosen method does not read.
+    """
+
+    def __init__(self, resolved: Resolved):
+        self._resolved, self._config = resolved, resolved.config
+        c = self._config.optimizer
+        if ":" not in c.name:
+            resolved.choose("optimizer.name", OPTIMIZERS, "or package.module:Class")
+        resolved.refuse_unread("optimizer", c.name, EVERY_OPTIMIZER | OPTIMIZERS.get(c.name, {"options"}))
+        name = self._config.schedule.name
+        resolved.refuse_unread("schedule", name, EVERY_SCHEDULE | SCHEDULES[name])
+        if c.nesterov and not c.momentum:
+            raise resolved.error("optimizer.nesterov", "needs optimizer.momentum above 0")
+        self.scale = lr_scale(c, self._config.data.global_batch_size)
+        self.lr = c.lr * self.scale
+
+    def rule(self) -> optimizers.Rule:
+        """Return the optimizer's rule."""
+        c = self._config.optimizer
+        if c.name == "sgd":
+            return optimizers.SGD(c.momentum, c.nesterov)
+        if c.name == "rmsprop":
+            return optimizers.RMSProp(c.alpha, c.eps, c.momentum)
+        if c.name in ("adam", "adamw"):
+            return optimizers.Adam((c.betas[0], c.betas[1]), c.eps, decoupled=c.name == "adamw")
+        make = import_object(c.name, f"{self._resolved.source('optimizer.name')}: optimizer.name")
+        if not (isinstance(make, type) and issubclass(make, torch.optim.Optimizer)):
+            raise self._resolved.error("optimizer.name", f"{c.name} is not a torch.optim.Optimizer class")
+        try:
+            make([nn.Parameter(torch.zeros(1))], lr=c.lr, **c.options)
+        except (TypeError, ValueError) as failure:
+            raise self._resolved.error("optimizer.options", f"{c.name} refuses them: {failure}") from failure
+        return optimizers.Torch(make, c.options)
+
+    def decays(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
+        """Return the weight decay of each parameter; biases and the scales of norms have fewer than two dimensions."""
+        c = self._config.optimizer
+        return {n: c.weight_decay if p.dim() >= 2 or c.decay_biases_and_norms else 0.0 for n, p in parameters.items()}
+
+    def schedule(self, steps: int | None) -> schedules.Schedule:
+        """Return the schedule; ``steps`` is the number of updates in the run, if it is known."""
+        c = self._config.schedule
+        shape = self._shape(c, steps)
+        if not c.warmup_steps:
+            return shape
+        # A scaled learning rate starts from the unscaled one (Goyal et al. 2017, section 2.2).
+        start = c.warmup_start if c.warmup_start is not None else 1.0 / self.scale if self.scale > 1.0 else 0.0
+        return schedules.WarmUp(shape, c.warmup_steps, start)
+
+    def transforms(self) -> list[transforms.Transform]:
+        """Return what happens to gradients before they are applied, in order."""
+        c, precision = self._config.gradients, self._config.precision
+        chain: list[transforms.Transform] = []
+        if precision.name == "fp16":
+            chain.append(transforms.LossScale(precision.loss_scale, precision.growth_interval))
+        if c.clip_norm is not None:
+            chain.append(transforms.ClipByNorm(c.clip_norm))
+        if c.clip_value is not None:
+            chain.append(transforms.ClipByValue(c.clip_value))
+        return chain
+
+    def _shape(self, c: ScheduleSection, steps: int | None) -> schedules.Schedule:
+        if c.name == "step":
+            return schedules.Step(c.every, c.gamma)
+        if c.name == "plateau":
+            return schedules.Plateau(gamma=c.gamma, patience=c.patience, threshold=c.threshold)
+        if c.name == "constant":
+            return schedules.Constant()
+        end = c.steps or steps
+        if end is None:
+            raise self._resolved.error("schedule.name", f"{c.name} must know its end: set schedule.steps or train.max_steps")
+        if c.name == "one_cycle":
+            return schedules.OneCycle(end, c.peak, c.start_div, c.final_div)
+        return schedules.Linear(end, c.final) if c.name == "linear" else schedules.Cosine(end, c.final)
+
+
+def lr_scale(c: OptimizerSection, global_batch_size: int) -> float:
+    """Return the factor on the learning rate for this batch size.
+
+    ``linear`` is Goyal et al. 2017, section 2.1; ``sqrt`` keeps the variance of the update (Krizhevsky 2014, section 5).
+    """
+    ratio = global_batch_size / c.reference_batch_size
+    return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[c.lr_scaling]

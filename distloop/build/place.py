@@ -1,0 +1,93 @@
+"""Where a rank computes, how it reaches the others, and where the run's files go."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from distloop.config import Config
+from distloop.errors import StorageError, WorldError
+from distloop.messages import gather_json
+from distloop.settings import Resolved
+from distloop.transports import Alone, Transport
+from distloop.world import World
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank computes and how it reaches the others."""
+
+    world: World
+    transport: Transport
+    device: torch.device
+
+
+def make_place(config: Config, world: World) -> Place:
+    """Choose the device and the threads, and join the other ranks.
+
+    Raises:
+        WorldError: what was asked for is not there.
+    """
+    from distloop.transports.process_group import connect, nccl_unusable
+
+    wanted = config.world
+    gpus = torch.cuda.device_count() if wanted.device != "cpu" else 0
+    if wanted.device == "cuda" and not gpus:
+        raise WorldError(f"world.device: cuda was asked for, but torch {torch.__version__} sees no GPU here", everywhere=True)
+    if wanted.backend == "nccl" and not gpus:
+        raise WorldError(f"world.backend: {nccl_unusable()}", everywhere=True)
+    if gpus and world.local_rank >= gpus:
+        raise WorldError(
+            f"local rank {world.local_rank} has no GPU of its own, this host has {gpus}: start at most {gpus} ranks per host, "
+            "or set world.device to cpu"
+        )
+    device = torch.device("cuda", world.local_rank) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+    _set_threads(wanted.threads, world)
+    if world.size == 1:
+        return Place(world, Alone(), device)
+    backend = wanted.backend if wanted.backend != "auto" else "nccl" if gpus else "gloo"
+    return Place(world, connect(world, backend=backend, device=device, timeout=wanted.timeout), device)
+
+
+def _set_threads(threads: int | None, world: World) -> None:
+    """Give each rank its part of the cores that this process may use, unless the user said otherwise."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+
+
+def make_directory(config: Config, world: World, transport: Transport) -> Path:
+    """Make the run directory on rank 0, never that of an earlier run, and tell the others its name.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    name = config.log.name or f"{config.task.name.rpartition(':')[2]}-{datetime.now():%Y%m%d-%H%M%S}"
+    path, failure, number = Path(config.log.directory) / name, None, 1
+    if world.rank == 0:
+        try:
+            while path.exists():
+                number += 1
+                path = path.with_name(f"{name}-{number}")
+            (path / "logs").mkdir(parents=True)
+        except OSError as error:
+            failure = f"log.directory: {path} cannot be made: {error.strerror}"
+    agreed, failure = gather_json(transport, [str(path), failure])[0]
+    if failure is not None:
+        raise StorageError(failure, everywhere=True)
+    return Path(agreed)
+
+
+def write_configuration(directory: Path, resolved: Resolved) -> None:
+    """Leave the resolved configuration beside the results, in a form that can be run again."""
+    from ruamel.yaml import YAML
+
+    with (directory / "config.yaml").open("w", encoding="utf-8") as file:
+        YAML(typ="safe", pure=True).dump(resolved.nested(), file)

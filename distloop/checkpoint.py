@@ -1,0 +1,68 @@
+"""What was learned, in files that any tool reads: safetensors by parameter name, no pickle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from distloop.errors import StorageError
+from distloop.transports import Transport
+
+
+def model_state(models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return parameters and buffers by name; names start with the objective's where there are several."""
+    if len(models) == 1:
+        return next(iter(models.values())).state_dict()
+    return {f"{name}.{key}": value for name, model in models.items() for key, value in model.state_dict().items()}
+
+
+def save_model(path: Path, models: Mapping[str, nn.Module]) -> None:
+    """Write the models to ``path``: the whole file or none, whatever happens meanwhile.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    from safetensors.torch import save
+
+    seen: dict[int, str] = {}
+    state, tied = {}, {}
+    for key, value in model_state(models).items():
+        first = seen.setdefault(value.data_ptr(), key) if value.numel() else key
+        if first != key and state[first].shape == value.shape:
+            tied[key] = first  # one tensor under two names is stored once
+        else:
+            state[key] = value.detach().cpu().contiguous()
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(save(state, metadata={"format": "pt", **tied}))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as failure:
+        raise StorageError(f"{path}: cannot be written: {failure.strerror}") from failure
+
+
+@torch.no_grad()
+def load_model(path: Path, models: Mapping[str, nn.Module], transport: Transport) -> None:
+    """Read ``path`` on rank 0 and give it to every rank's models.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    from safetensors.torch import load_file
+
+    saved: dict[str, Tensor] = {}
+    if transport.rank == 0:
+        try:
+            saved = load_file(path)
+        except OSError as failure:
+            raise StorageError(f"{path}: cannot be read: {failure.strerror or failure}") from failure
+    for key, value in model_state(models).items():
+        if key in saved:
+            value.copy_(saved[key])
+        transport.broadcast(value)

@@ -1,0 +1,123 @@
+"""The command line: ``distloop train`` and ``distloop config``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from distloop import __version__
+
+if TYPE_CHECKING:
+    from distloop.settings import Resolved
+
+SETTINGS_FOLLOW = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["-h", "--help"]}
+SETTINGS_HELP = """
+
+Any value of the configuration can be set behind TARGET by its dotted key, as in --optimizer.lr 0.1, or by an environment
+variable, as in DISTLOOP_OPTIMIZER__LR=0.1; the command line wins over the environment, the environment over the file."""
+
+
+class _Command(click.Command):
+    """A command whose help ends with how settings are given."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_paragraph()
+        with formatter.section("Settings"):
+            formatter.write_text(" ".join(SETTINGS_HELP.split()))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="distloop")
+def cli() -> None:
+    """One readable training loop, and any way of collecting gradients behind it."""
+
+
+@cli.command(cls=_Command, context_settings=SETTINGS_FOLLOW)
+@click.argument("target")
+@click.option("--traceback", is_flag=True, help="Show where in the code an error comes from.")
+@click.pass_context
+def train(context: click.Context, target: str, traceback: bool) -> None:
+    """Train what TARGET says: a configuration file, or a task of your own as package.module:Class.
+
+    Alone this trains in one process. Under torchrun every rank does its part:
+
+        torchrun --nproc-per-node 4 -m distloop train configs/digits.yaml
+    """
+    from distloop.failure import guarded
+
+    def work() -> int:
+        from distloop.world import World
+
+        world = World.from_environment()
+        resolved = _resolve(target, context.args)
+        from distloop.api import run
+
+        return run(resolved, world).exit_code
+
+    guarded(work, traceback=traceback)
+
+
+@cli.command(cls=_Command, context_settings=SETTINGS_FOLLOW)
+@click.argument("target")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("--traceback", is_flag=True, help="Show where in the code an error comes from.")
+@click.pass_context
+def config(context: click.Context, target: str, as_json: bool, traceback: bool) -> None:
+    """Print the configuration that TARGET comes to: every value, and where it came from."""
+    from distloop.failure import guarded
+
+    def work() -> int:
+        resolved = _resolve(target, context.args)
+        from distloop.build.method import Method
+        from distloop.strategies import STRATEGIES
+
+        Method(resolved)
+        resolved.choose("strategy.name", STRATEGIES)
+        _print_config(resolved, as_json=as_json)
+        return 0
+
+    guarded(work, traceback=traceback)
+
+
+def _resolve(target: str, arguments: list[str]) -> Resolved:
+    """Return the configuration that a target and the settings behind it come to."""
+    from distloop import settings
+
+    sys.path.insert(0, os.getcwd())  # a task of the user's own is looked for where he stands
+    if ":" in target and not Path(target).exists():
+        base = {"task.name": settings.Setting(target, "command line")}
+    else:
+        base = settings.from_file(Path(target))
+    return settings.resolve(base, settings.from_environment(), settings.from_arguments(arguments))
+
+
+def _print_config(resolved: Resolved, *, as_json: bool) -> None:
+    import json
+
+    rows = [{"key": key, "value": value, "source": source} for key, value, source in resolved.rows()]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("key", "value", "from"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        given = row["source"] != "default"
+        text = json.dumps(row["value"])
+        table.add_row(row["key"], Text(text, style="bold" if given else ""), Text(row["source"], style="" if given else "dim"))
+    Console(highlight=False).print(table)
+
+
+def main(arguments: list[str] | None = None, run: Callable[..., object] = cli.main) -> NoReturn:
+    """Entry point of the ``distloop`` command."""
+    run(args=arguments, prog_name="distloop")
+    raise SystemExit(0)

@@ -1,0 +1,142 @@
+"""The configuration's schema, in one place: every key, its type, its range, its default and its meaning."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+BelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class TaskSection(BaseModel):
+    """What is learned. Keys beside ``name`` are the arguments of the task's constructor."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+    name: str = Field("digits", description="a supplied task (digits, byte_lm) or my_package.my_module:MyTask")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class DataSection(Section):
+    global_batch_size: Positive = Field(64, description="samples per step over all ranks; the primary number")
+    micro_batch_size: Positive | None = Field(None, description="most samples a rank runs at once; accumulation follows")
+    shuffle: bool = Field(True, description="a new order each epoch, from train.seed")
+    workers: NotNegative = Field(0, description="loader processes per rank (0: the rank reads itself)")
+    prefetch: Positive = Field(2, description="batches that each loader process reads ahead")
+    pin_memory: bool = Field(True, description="page-locked memory on the way to a GPU")
+    worker_timeout: PositiveFloat = Field(120.0, description="seconds after which a silent loader process is an error")
+
+
+class OptimizerSection(Section):
+    name: str = Field("adamw", description="sgd, rmsprop, adam, adamw, or package.module:Class")
+    lr: PositiveFloat = Field(1e-3, description="base learning rate")
+    momentum: BelowOne = Field(0.0, description="sgd, rmsprop")
+    nesterov: bool = Field(False, description="sgd")
+    betas: Annotated[list[BelowOne], Field(min_length=2, max_length=2)] = Field([0.9, 0.999], description="adam, adamw")
+    eps: PositiveFloat = Field(1e-8, description="rmsprop, adam, adamw")
+    alpha: BelowOne = Field(0.99, description="rmsprop: smoothing of the squared gradient")
+    weight_decay: NotNegativeFloat = Field(0.0, description="decoupled for adamw, else added to the gradient")
+    decay_biases_and_norms: bool = Field(False, description="decay parameters of fewer than two dimensions too")
+    lr_scaling: Literal["none", "linear", "sqrt"] = Field("none", description="with global over reference batch size")
+    reference_batch_size: Positive = Field(256, description="the batch size that lr is meant for")
+    options: dict[str, Any] = Field({}, description="further arguments of a package.module:Class")
+
+
+class ScheduleSection(Section):
+    name: Literal["constant", "step", "linear", "cosine", "one_cycle", "plateau"] = Field("constant", description="shape")
+    steps: Positive | None = Field(None, description="updates until its end (default: those of the run)")
+    warmup_steps: NotNegative = Field(0, description="updates of linear warm-up")
+    warmup_start: Fraction | None = Field(None, description="factor it starts at (default 0; 1/scale with lr_scaling)")
+    final: Fraction = Field(0.0, description="linear, cosine: factor at the end")
+    every: Positive = Field(1000, description="step: updates between two reductions")
+    gamma: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="step, plateau: factor of a reduction")
+    peak: Annotated[float, Field(gt=0, lt=1)] = Field(0.3, description="one_cycle: part of the updates that rise")
+    start_div: PositiveFloat = Field(25.0, description="one_cycle: top over start")
+    final_div: PositiveFloat = Field(1e4, description="one_cycle: start over end")
+    patience: NotNegative = Field(10, description="plateau: evaluations without improvement that are borne")
+    threshold: NotNegativeFloat = Field(1e-4, description="plateau: relative improvement that counts")
+
+
+class GradientsSection(Section):
+    clip_norm: PositiveFloat | None = Field(None, description="largest global L2 norm")
+    clip_value: PositiveFloat | None = Field(None, description="largest magnitude of an element")
+
+
+class PrecisionSection(Section):
+    name: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of forward and loss (autocast); weights stay fp32")
+    loss_scale: PositiveFloat = Field(65536.0, description="fp16: where the loss scale starts")
+    growth_interval: Positive = Field(2000, description="fp16: good updates after which it doubles")
+
+
+class StrategySection(Section):
+    name: str = Field("ddp", description="how gradients are collected: ddp, naive")
+    bucket_mb: PositiveFloat | None = Field(None, description="largest bucket, MiB (default 2 on CPU, 25 on GPU)")
+    unused_parameters: Literal["refuse", "zeros"] = Field("refuse", description="those that the loss does not reach")
+
+
+class TrainSection(Section):
+    epochs: Positive | None = Field(None, description="passes over the data (default 10, if max_steps is not given either)")
+    max_steps: Positive | None = Field(None, description="stop after this many global batches")
+    max_seconds: PositiveFloat | None = Field(None, description="stop after this much time")
+    seed: NotNegative = Field(0, description="of initial weights, data order and dropout")
+
+
+class EvaluateSection(Section):
+    every_epochs: Positive | None = Field(1, description="evaluate after this many epochs")
+    every_steps: Positive | None = Field(None, description="evaluate after this many steps instead")
+    batch_size: Positive = Field(512, description="most samples a rank evaluates at once")
+
+
+class MonitorSection(Section):
+    metric: str | None = Field(None, description="which metric tells what is better (default: the first evaluated)")
+    mode: Literal["min", "max"] | None = Field(None, description="default: min for losses, else max")
+    patience: NotNegative | None = Field(None, description="stop early after more evaluations than this without a better")
+    min_delta: NotNegativeFloat = Field(0.0, description="least change that counts as better")
+    keep_best: bool = Field(True, description="keep the best model and load it at the end")
+    explosion: PositiveFloat | None = Field(1000.0, description="stop if the loss exceeds this many times the first")
+
+
+class LogSection(Section):
+    every: Positive = Field(50, description="steps between two log lines")
+    directory: str = Field("runs", description="where run directories are made")
+    name: str | None = Field(None, description="of the run directory (default: task, date and time)")
+    progress: bool | None = Field(None, description="progress bar (default: if the output is a terminal)")
+    tensorboard: bool | None = Field(None, description="default: if tensorboardX is installed")
+    picture: bool | None = Field(None, description="learning curves at the end (default: if matplotlib is installed)")
+    observers: list[str] = Field([], description="package.module:callable, called on rank 0 with every record")
+
+
+class WorldSection(Section):
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where models run (auto: a GPU if there is one)")
+    backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="of torch.distributed (auto: nccl on GPUs)")
+    timeout: PositiveFloat = Field(300.0, description="seconds after which a missing rank is an error")
+    threads: Positive | None = Field(None, description="torch threads per rank (default: this rank's part of the cores)")
+
+
+class Config(Section):
+    """All of it."""
+
+    task: TaskSection = TaskSection()
+    data: DataSection = DataSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    gradients: GradientsSection = GradientsSection()
+    precision: PrecisionSection = PrecisionSection()
+    strategy: StrategySection = StrategySection()
+    train: TrainSection = TrainSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    monitor: MonitorSection = MonitorSection()
+    log: LogSection = LogSection()
+    world: WorldSection = WorldSection()

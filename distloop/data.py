@@ -1,0 +1,237 @@
+"""Which sample is in which global batch on which rank, as arithmetic; and how it gets there.
+
+Global batch k of an epoch is ``order[k*G : (k+1)*G]``, where ``order`` depends on the seed and the epoch alone. Rank r of N
+takes a contiguous N-th of it. The last batch is smaller where G does not divide the number of samples: nothing is repeated,
+padded in or dropped, and a rank may get nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from distloop.errors import ConfigError, DataError
+from distloop.loading import Fetch, Placer, loader_batches
+from distloop.transports import Alone, Rows, Transport
+from distloop.world import World
+
+Weigh = Callable[[Any], float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arithmetic of one epoch.
+
+    Args:
+        samples: number of samples N in the data set.
+        global_batch_size: samples in a global batch, over all ranks.
+        micro_batch_size: most samples that one rank runs at once (None: its whole share).
+    """
+
+    samples: int
+    global_batch_size: int
+    micro_batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size < 1:
+            raise ConfigError(f"data.global_batch_size: {self.global_batch_size} is too small; it must be at least 1")
+        micro = self.micro_batch_size
+        if micro is not None and not 1 <= micro <= self.global_batch_size:
+            raise ConfigError(
+                f"data.micro_batch_size: {micro} must be between 1 and data.global_batch_size ({self.global_batch_size})"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Number of global batches in an epoch."""
+        return -(-self.samples // self.global_batch_size)
+
+    def batch(self, step: int) -> range:
+        """Return the positions, in the epoch's order, of global batch ``step``."""
+        start = step * self.global_batch_size
+        return range(start, min(start + self.global_batch_size, self.samples))
+
+    def share(self, step: int, rank: int, ranks: int) -> range:
+        """Return the positions of global batch ``step`` that ``rank`` of ``ranks`` takes; possibly none."""
+        batch = self.batch(step)
+        n = len(batch)
+        return batch[n * rank // ranks : n * (rank + 1) // ranks]
+
+    def micro_batches(self, step: int, rank: int, ranks: int) -> list[range]:
+        """Return the rank's share cut into micro-batches, none of them empty."""
+        share = self.share(step, rank, ranks)
+        size = self.micro_batch_size or max(len(share), 1)
+        return [share[i : i + size] for i in range(0, len(share), size)]
+
+    def accumulation(self, ranks: int) -> int:
+        """Return the most micro-batches that a rank accumulates in one step."""
+        largest_share = -(-min(self.global_batch_size, self.samples) // ranks)
+        return -(-largest_share // (self.micro_batch_size or largest_share))
+
+
+def derive_seed(*parts: int | str) -> int:
+    """Return a 63-bit seed that depends on all parts, and nearby parts give unrelated seeds."""
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def permutation(seed: int, epoch: int, samples: int) -> Tensor:
+    """Return the order of an epoch: a permutation of ``range(samples)``, the same on every rank."""
+    generator = torch.Generator().manual_seed(derive_seed("order", seed, epoch))
+    return torch.randperm(samples, generator=generator)
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """What one rank runs at once: the user's ``batch`` (None: it has nothing to run), and its place in the step."""
+
+    batch: Any
+    sample_share: float  # its samples over those of the global batch
+    final: bool  # no other micro-batch of this rank follows in this step
+    shares: dict[str, float] | None = None  # by learner, where a sample is not what the loss is a mean over
+
+    def share(self, learner: str) -> float:
+        """Return its part of the global batch's weight. Over all micro-batches of all ranks, these add up to 1."""
+        return self.sample_share if self.shares is None else self.shares.get(learner, self.sample_share)
+
+
+class Place(NamedTuple):
+    """Which global batch of an epoch, how many samples it has over all ranks, and whether it is the last."""
+
+    batch: int
+    samples: int
+    last: bool
+
+
+@dataclass(slots=True)
+class Minibatch:
+    """This rank's share of one global batch, as micro-batches; at least one, if need be a null one."""
+
+    place: Place
+    micro_batches: list[MicroBatch]
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return iter(self.micro_batches)
+
+
+class Dataset(Protocol):
+    """What a task collects for an epoch."""
+
+    def extract(self, epoch: int, world: World) -> Iterator[Minibatch]:
+        """Yield this rank's share of each global batch; every rank yields equally many."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How samples are read: see the ``data`` section of the configuration."""
+
+    workers: int = 0
+    prefetch: int = 2
+    pin_memory: bool = False
+    timeout: float = 120.0
+
+
+class Batches:
+    """A map-style data set in global batches.
+
+    Args:
+        samples: anything with ``__len__`` and ``__getitem__``; with ``__getitems__`` whole batches are fetched at once.
+        plan: how it is cut.
+        shuffle: whether each epoch has an order of its own; else samples come as they are.
+        weighers: by learner, what a batch weighs, where that is not its number of samples. The global weight is then agreed
+            on by one small all-gather, launched one global batch ahead so that nobody waits for it.
+    """
+
+    def __init__(
+        self,
+        samples: Any,
+        plan: Plan,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        device: torch.device | None = None,
+        loading: Loading | None = None,
+        collate: Callable[[Sequence[Any]], Any] | None = None,
+        weighers: Mapping[str, Weigh] | None = None,
+        transport: Transport | None = None,
+    ):
+        if plan.samples == 0:
+            raise DataError("the data set is empty: there is nothing to train on")
+        self.plan, self.seed, self.shuffle = plan, seed, shuffle
+        self._loading = loading or Loading()
+        self._fetch = Fetch(samples, collate)
+        self._place = Placer(device or torch.device("cpu"), pin=self._loading.pin_memory)
+        self._weighers = dict(weighers or {})
+        self._transport = transport or Alone()
+
+    def extract(self, epoch: int, world: World) -> Iterator[Minibatch]:
+        """Yield this rank's share of each global batch of ``epoch``."""
+        if not self._weighers:
+            yield from self._assemble(epoch, world)
+            return
+        ahead: tuple[Minibatch, Rows] | None = None
+        for minibatch in self._assemble(epoch, world):
+            following = minibatch, self._weigh(minibatch)
+            if ahead is not None:
+                yield self._agreed(*ahead)
+            ahead = following
+        if ahead is not None:
+            yield self._agreed(*ahead)
+
+    def _assemble(self, epoch: int, world: World) -> Iterator[Minibatch]:
+        plan = self.plan
+        order = permutation(self.seed, epoch, plan.samples) if self.shuffle else torch.arange(plan.samples)
+        read = self._reader(order, epoch, world)
+        for step in range(plan.steps):
+            cuts = plan.micro_batches(step, world.rank, world.size)
+            last = len(cuts) - 1
+            samples = len(plan.batch(step))
+            held = [MicroBatch(read(cut), len(cut) / samples, i == last) for i, cut in enumerate(cuts)]
+            place = Place(step, samples, step == plan.steps - 1)
+            yield Minibatch(place, held or [MicroBatch(None, 0.0, True)])
+
+    def _reader(self, order: Tensor, epoch: int, world: World) -> Callable[[range], Any]:
+        """Return what reads the samples at a range of positions; worker processes rely on being asked in order."""
+        loading = self._loading
+        if loading.workers == 0:
+            return lambda cut: self._place(self._fetch(order[cut.start : cut.stop]))
+        steps = range(self.plan.steps)
+        cuts = [cut for step in steps for cut in self.plan.micro_batches(step, world.rank, world.size)]
+        loaded = loader_batches(
+            self._fetch,
+            [order[cut.start : cut.stop] for cut in cuts],
+            seed=derive_seed("loader", self.seed, epoch, world.rank),
+            workers=loading.workers,
+            prefetch=loading.prefetch,
+            pin_memory=loading.pin_memory,
+            timeout=loading.timeout,
+        )
+        return lambda cut: self._place(next(loaded))
+
+    def _weigh(self, minibatch: Minibatch) -> Rows:
+        """Note what each micro-batch weighs, and start summing that over ranks."""
+        for micro_batch in minibatch:
+            micro_batch.shares = {name: self._weight(name, micro_batch) for name in self._weighers}
+        own = [[m.shares[name] for name in self._weighers] for m in minibatch if m.shares is not None]
+        return self._transport.all_gather(torch.tensor(own, dtype=torch.float64).sum(0))
+
+    def _weight(self, name: str, micro_batch: MicroBatch) -> float:
+        if micro_batch.batch is None:
+            return 0.0
+        weight = float(self._weighers[name](micro_batch.batch))
+        if not 0.0 <= weight < float("inf"):
+            raise DataError(f"objective {name!r}: weight(batch) returned {weight}; a weight is finite and not negative")
+        return weight
+
+    def _agreed(self, minibatch: Minibatch, rows: Rows) -> Minibatch:
+        """Turn weights into shares of the global batch's weight."""
+        totals = dict(zip(self._weighers, rows.wait().sum(0).tolist(), strict=True))
+        for micro_batch in minibatch:
+            weights = micro_batch.shares or {}
+            micro_batch.shares = {name: w / totals[name] if totals[name] else 0.0 for name, w in weights.items()}
+        return minibatch

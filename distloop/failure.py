@@ -1,0 +1,74 @@
+"""How a rank ends: one sentence by one rank, the exit code that says what kind of failure it was, and no waiting."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback as traceback_module
+from collections.abc import Callable
+from typing import NoReturn
+
+from distloop.errors import INTERRUPTED, DistloopError, RankDiedError
+
+
+def guarded(work: Callable[[], int], *, traceback: bool = False) -> NoReturn:
+    """Do ``work`` and exit with its code; report a failure as the user should see it."""
+    try:
+        code = work()
+    except DistloopError as failure:
+        _report(failure, show_trace=traceback)
+        _leave(failure.exit_code)
+    except KeyboardInterrupt:
+        _leave(INTERRUPTED)
+    except Exception as failure:
+        if (peer := _lost_peer(failure)) is not None:
+            _report(peer, show_trace=traceback)
+            _leave(peer.exit_code)
+        _report(failure, show_trace=True)
+        _leave(1)
+    sys.exit(code)
+
+
+def _lost_peer(failure: BaseException) -> RankDiedError | None:
+    """Return what a broken or silent connection means: gloo reports both as a bare RuntimeError."""
+    text = str(failure)
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Timeout waiting")
+    if not isinstance(failure, RuntimeError) or not any(sign in text for sign in signs):
+        return None
+    return RankDiedError(f"another rank stopped or cannot be reached: {text.strip().splitlines()[0]}")
+
+
+def _report(failure: BaseException, *, show_trace: bool) -> None:
+    """Print the failure, unless another rank says the same or its cause."""
+    if not _speaks(failure):
+        return
+    if show_trace:
+        traceback_module.print_exception(failure)
+    if isinstance(failure, DistloopError):
+        print("\n".join(f"distloop: {line}" for line in str(failure).splitlines()), file=sys.stderr)
+
+
+def _speaks(failure: BaseException) -> bool:
+    if isinstance(failure, DistloopError) and failure.everywhere:
+        return _rank() in (None, 0)
+    if "torch" not in sys.modules:
+        return True
+    from distloop.transports.process_group import claim
+
+    return claim("failure")
+
+
+def _rank() -> int | None:
+    from distloop.world import World
+
+    try:
+        return World.from_environment().rank
+    except DistloopError:
+        return None
+
+
+def _leave(code: int) -> NoReturn:
+    """End now. Destructors of process groups wait for peers that may be gone, so they are not run."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,219 @@
+"""A learner: one objective, the strategy that collects its gradients, and the optimizer that applies them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from distloop.data import MicroBatch
+from distloop.errors import ConfigError
+from distloop.optimizer import Optimizer, OptimizerShard
+from distloop.schedules import Schedule
+from distloop.strategies import Parameters, Strategy
+from distloop.transforms import ClipByNorm, Collected, LossScale, Transform
+from distloop.transports import Transport
+
+
+class Objective(Protocol):
+    """What one model learns. ``weight(batch)``, if there is one, returns what ``loss`` is a mean over.
+
+    Without it a batch weighs its number of samples. A language model whose loss is a mean over tokens returns their count.
+    """
+
+    model: nn.Module
+
+    def guess(self, batch: Any) -> Any:
+        """Return the model's answer to ``batch``."""
+
+    def targets(self, batch: Any) -> Any:
+        """Return what the answer should have been: from the data, the inputs, noise, or another model."""
+
+    def loss(self, guesses: Any, targets: Any) -> Tensor:
+        """Return a scalar: the mean over what ``weight`` counts."""
+
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_FULL_PRECISION = nullcontext()
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Return the context in which forward passes run at ``precision``: fp32, bf16 or fp16."""
+    dtype = _AUTOCAST.get(precision)
+    return _FULL_PRECISION if dtype is None else torch.autocast(device.type, dtype)
+
+
+
+def trained_parameters(name: str, model: nn.Module) -> Parameters:
+    """Return the parameters of ``model`` that require a gradient, by name.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ConfigError(f"objective {name!r}: its model {type(model).__name__} has no parameter that requires a gradient")
+    return trained
+
+
+class Learner:
+    """One objective with everything that turns its loss into updates; the verbs are those of the loop."""
+
+    def __init__(
+        self,
+        name: str,
+        objective: Objective,
+        strategy: Strategy,
+        optimizer: Optimizer,
+        *,
+        lr: float,
+        schedule: Schedule,
+        transforms: Sequence[Transform] = (),
+        precision: str = "fp32",
+        unused: str = "refuse",
+    ):
+        self.name, self.objective, self.strategy, self.optimizer = name, objective, strategy, optimizer
+        self.base_lr, self.schedule, self.transforms = lr, schedule, list(transforms)
+        self.parameters: Sequence[OptimizerShard] = optimizer.shards
+        self.step = 0  # updates applied
+        self.skipped = 0  # updates that an overflow prevented
+        self.losses: list[tuple[float, Tensor]] = []  # of this turn: this rank's (share of the global batch, loss)
+        self._loss_scale = next((t for t in self.transforms if isinstance(t, LossScale)), None)
+        self._clip = next((t for t in self.transforms if isinstance(t, ClipByNorm)), None)
+        self._device = next(iter(strategy.parameters.values())).device
+        self._precision = precision
+        self._check: UnusedCheck | None = UnusedCheck(self) if unused == "refuse" else None
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next update."""
+        return self.base_lr * self.schedule(self.step)
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The factor on the loss (fp16 only)."""
+        return self._loss_scale.scale if self._loss_scale else None
+
+    @property
+    def gradient_norm(self) -> Tensor | None:
+        """The global norm before clipping, of the last step (only if clipping by norm is on)."""
+        return self._clip.norm if self._clip else None
+
+    def guess(self, micro_batch: MicroBatch) -> Any:
+        if micro_batch.batch is None:
+            return None
+        with self._autocast():
+            return self.objective.guess(micro_batch.batch)
+
+    def targets(self, micro_batch: MicroBatch) -> Any:
+        return None if micro_batch.batch is None else self.objective.targets(micro_batch.batch)
+
+    def loss(self, guesses: Any, targets: Any) -> Tensor:
+        if guesses is None:  # this rank has no samples in this step, yet the others count on it
+            return self.strategy.null_loss()
+        with self._autocast():
+            return self.objective.loss(guesses, targets)
+
+    def gradients(self, loss: Tensor, micro_batch: MicroBatch) -> Gradients:
+        """Add the gradient of ``loss``, weighted by the micro-batch's share of the global batch."""
+        share = micro_batch.share(self.name)
+        if self._check is not None:
+            self._check.before_backward(loss, micro_batch)
+        self.losses.append((share, loss.detach()))
+        weight = share if self._loss_scale is None else share * self._loss_scale.scale
+        self.strategy.backward(loss, weight, final=micro_batch.final)
+        return Gradients(self)
+
+    def broadcast(self, i: int) -> None:
+        self.strategy.broadcast(i)
+
+    def collected(self) -> Iterator[tuple[int, Collected]]:
+        """Yield each shard's gradients, transformed; then settle and count the step."""
+        if self._check is not None:
+            self._check.after_backward()
+            self._check = None
+        self.optimizer.lr = self.lr
+        stream = ((i, Collected(gradients)) for i, gradients in self.strategy.collect())
+        for transform in self.transforms:
+            stream = transform(stream, self.strategy.total)
+        applied = False
+        for i, gradients in stream:
+            yield i, gradients
+            applied = True
+        self.strategy.settle()
+        self.step += applied
+        self.skipped += not applied
+
+    def take_losses(self) -> list[tuple[float, Tensor]]:
+        """Return this turn's (share, loss) pairs and forget them."""
+        taken, self.losses = self.losses, []
+        return taken
+
+    def share_buffers(self, transport: Transport) -> None:
+        """Make buffers (BatchNorm's running statistics) equal on all ranks: means of floats, rank 0's of the rest."""
+        for buffer in self.objective.model.buffers():
+            if buffer.is_floating_point() and transport.size > 1:
+                rows = transport.all_gather(buffer.detach().cpu()).wait()
+                buffer.copy_(rows.double().mean(0))
+            else:
+                transport.broadcast(buffer)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return autocast(self._device, self._precision)
+
+
+class Gradients:
+    """The summed gradients of a learner's turn, still to be collected over ranks."""
+
+    __slots__ = ("collect",)
+
+    def __init__(self, learner: Learner):
+        self.collect: Callable[[], Iterator[tuple[int, Collected]]] = learner.collected
+
+
+class UnusedCheck:
+    """Finds, in the first step, a loss that is not one, and parameters that the loss does not reach."""
+
+    MISSED, REACHED, IDLE = 0, 1, 2
+
+    def __init__(self, learner: Learner):
+        self._name, self._strategy = learner.name, learner.strategy
+        self._reached: set[str] = set()
+        self._idle = False
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(lambda _, name=name: self._reached.add(name))
+            for name, p in learner.strategy.parameters.items()
+        ]
+
+    def before_backward(self, loss: Any, micro_batch: MicroBatch) -> None:
+        """Raise a ConfigError if ``loss`` cannot be differentiated."""
+        self._idle = micro_batch.batch is None
+        where = f"objective {self._name!r}: loss(guesses, targets)"
+        if not isinstance(loss, Tensor):
+            raise ConfigError(f"{where} returned a {type(loss).__name__}; it must return a scalar tensor")
+        if loss.dim() != 0:
+            raise ConfigError(f"{where} returned a tensor of shape {tuple(loss.shape)}; it must be a scalar: take the mean")
+        if not loss.requires_grad:
+            raise ConfigError(
+                f"{where} returned a tensor that does not depend on any trained parameter (detached, or made under no_grad)"
+            )
+
+    def after_backward(self) -> None:
+        """Raise a ConfigError, on all ranks alike, if a parameter got no gradient where it should have."""
+        for hook in self._hooks:
+            hook.remove()
+        names = list(self._strategy.parameters)
+        own = [self.IDLE if self._idle else self.REACHED if name in self._reached else self.MISSED for name in names]
+        rows = self._strategy.transport.all_gather(torch.tensor(own, dtype=torch.uint8)).wait()
+        missed = rows == self.MISSED
+        refused = missed.any(0) if self._strategy.needs_every_gradient else missed.any(0) & ~(rows == self.REACHED).any(0)
+        unused = [name for name, refuse in zip(names, refused.tolist(), strict=True) if refuse]
+        if unused:
+            listed = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
+            raise ConfigError(
+                f"objective {self._name!r}: the loss does not reach parameters {listed}; freeze them with "
+                "requires_grad_(False), or set strategy.unused_parameters to zeros"
+            )

@@ -1,0 +1,142 @@
+"""How samples are read: whole batches at once where the data allows it, worker processes where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distloop.errors import DataError, DistloopError
+
+
+class Fetch:
+    """Reads the samples of a batch.
+
+    In the order of preference: tensors (a ``TensorDataset``) are indexed, one operation for the batch; ``__getitems__(indices)``
+    may return a finished batch, or a list of samples, which is then collated; ``__getitem__(index)`` is called for each.
+    """
+
+    def __init__(self, samples: Any, collate: Callable[[Sequence[Any]], Any] | None = None):
+        self.samples, self._collate = samples, collate
+        tensors = getattr(samples, "tensors", None)
+        if collate is None and isinstance(tensors, tuple) and all(isinstance(t, Tensor) for t in tensors):
+            self._read: Callable[[Tensor], Any] = self._index
+        elif hasattr(samples, "__getitems__"):
+            self._read = self._many
+        else:
+            self._read = self._one_by_one
+
+    def __call__(self, indices: Tensor) -> Any:
+        """Return the batch of the samples with these indices.
+
+        Raises:
+            DataError: a sample cannot be read; names the indices.
+        """
+        try:
+            return self._read(indices)
+        except DistloopError:
+            raise
+        except Exception as failure:
+            raise DataError(f"reading samples {_some(indices)} failed: {type(failure).__name__}: {failure}") from failure
+
+    def _index(self, indices: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.index_select(0, indices) for t in self.samples.tensors)
+
+    def _many(self, indices: Tensor) -> Any:
+        batch = self.samples.__getitems__(indices.tolist())
+        return self._join(batch) if isinstance(batch, list) else batch
+
+    def _one_by_one(self, indices: Tensor) -> Any:
+        return self._join([self.samples[i] for i in indices.tolist()])
+
+    def _join(self, items: list[Any]) -> Any:
+        if self._collate is None:
+            from torch.utils.data import default_collate  # takes 0.1 s to import; tensors do not need it
+
+            self._collate = default_collate
+        return self._collate(items)
+
+
+class Placer:
+    """Moves a batch to the device of the model, through pinned memory if asked for."""
+
+    def __init__(self, device: torch.device, *, pin: bool):
+        self._device, self._pin = device, pin and device.type == "cuda"
+        self._stays = device.type == "cpu"
+
+    def __call__(self, batch: Any) -> Any:
+        return batch if self._stays else self._move(batch)
+
+    def _move(self, batch: Any) -> Any:
+        if isinstance(batch, Tensor):
+            if self._pin and not batch.is_pinned():
+                batch = batch.pin_memory()
+            return batch.to(self._device, non_blocking=True)
+        if isinstance(batch, dict):
+            return {key: self._move(value) for key, value in batch.items()}
+        if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+            return type(batch)(*(self._move(value) for value in batch))
+        if isinstance(batch, list | tuple):
+            return type(batch)(self._move(value) for value in batch)
+        return batch
+
+
+class _ByIndices:
+    """A data set whose "index" is a whole batch's indices, so that DataLoader workers return finished batches."""
+
+    def __init__(self, fetch: Fetch, batches: list[Tensor]):
+        self._fetch, self._batches = fetch, batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, number: int) -> Any:
+        try:
+            return self._fetch(self._batches[number])
+        except DataError as failure:
+            return failure  # raised in a worker it would arrive wrapped in its traceback
+
+
+def loader_batches(
+    fetch: Fetch,
+    batches: list[Tensor],
+    *,
+    seed: int,
+    workers: int,
+    prefetch: int,
+    pin_memory: bool,
+    timeout: float,
+) -> Iterator[Any]:
+    """Yield the batches of these indices in order, read ahead by worker processes.
+
+    Raises:
+        DataError: a sample cannot be read, or a worker died or hangs; names the indices.
+    """
+    from torch.utils.data import DataLoader
+
+    loader = DataLoader(
+        _ByIndices(fetch, batches),  # type: ignore[arg-type]  # map-style by its methods, not by its base class
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=prefetch,
+        pin_memory=pin_memory and torch.cuda.is_available(),
+        timeout=timeout,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    read = 0
+    try:
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+            read += 1
+    except (RuntimeError, OSError) as failure:
+        reason = str(failure).strip().splitlines()[0]
+        raise DataError(f"a data worker failed at samples {_some(batches[read])}: {reason}") from failure
+
+
+def _some(indices: Tensor) -> str:
+    listed = indices[:8].tolist()
+    return f"{listed}" if len(indices) == len(listed) else f"{str(listed)[:-1]}, ...] ({len(indices)} in all)"

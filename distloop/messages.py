@@ -1,0 +1,32 @@
+"""Small objects between ranks, as JSON: nothing that is received is ever executed."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distloop.transports import Transport
+
+
+def gather_json(transport: Transport, value: Any) -> list[Any]:
+    """Return every rank's ``value``, by rank."""
+    return [json.loads(bytes(row.tolist())) for row in gather_uneven(transport, _bytes(value))]
+
+
+def gather_uneven(transport: Transport, tensor: Tensor) -> list[Tensor]:
+    """Return every rank's ``tensor``, by rank; dtype and number of dimensions are the same, the sizes need not be."""
+    sizes = transport.all_gather(torch.tensor(tensor.shape, dtype=torch.int64)).wait()
+    largest = sizes.amax(0).tolist()
+    padded = torch.zeros(largest, dtype=tensor.dtype)
+    padded[tuple(slice(n) for n in tensor.shape)] = tensor.detach().cpu()
+    rows = transport.all_gather(padded).wait()
+    return [
+        rows[rank][tuple(slice(n) for n in sizes[rank].tolist())].to(tensor.device) for rank in range(transport.size)
+    ]
+
+
+def _bytes(value: Any) -> Tensor:
+    return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)

@@ -1,0 +1,47 @@
+"""Observers: callables that are told what happens in a run (a ``Record``) and show it to someone."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+from distloop.errors import ConfigError
+from distloop.session import Observer
+
+
+def make_observers(
+    directory: Path,
+    *,
+    rank: int,
+    total_steps: int | None,
+    progress: bool | None,
+    tensorboard: bool | None,
+    picture: bool | None,
+) -> tuple[list[Observer], Callable[[int], None] | None]:
+    """Return the supplied observers of a rank, and what advances its progress bar, if it has one.
+
+    Raises:
+        ConfigError: TensorBoard or a picture is asked for, but the library is missing.
+    """
+    from distloop.observers.files import JsonLines, LogFile, TensorBoard
+
+    if rank != 0:
+        return [LogFile(directory / "logs" / f"rank_{rank}.log")], None
+    from distloop.observers.console import Console
+    from distloop.observers.pictures import LearningCurves
+
+    console = Console(total_steps, progress)
+    observers: list[Observer] = [LogFile(directory / "logs" / "rank_0.log"), JsonLines(directory / "metrics.jsonl")]
+    if _wanted(tensorboard, "tensorboardX", "log.tensorboard", "tensorboard"):
+        observers.append(TensorBoard(directory / "tensorboard"))
+    if _wanted(picture, "matplotlib", "log.picture", "plots"):
+        observers.append(LearningCurves(directory / "curves.png"))
+    return [*observers, console], console.advance if console.shows_progress else None
+
+
+def _wanted(asked: bool | None, module: str, key: str, extra: str) -> bool:
+    there = importlib.util.find_spec(module) is not None
+    if asked and not there:
+        raise ConfigError(f"{key}: needs {module}: pip install 'distloop[{extra}]'")
+    return there if asked is None else asked

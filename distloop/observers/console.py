@@ -1,0 +1,82 @@
+"""What rank 0 prints: the facts at the start, a line per log step, a progress bar in a terminal, a table at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from distloop.observers.text import label, line, number
+from distloop.session import Record
+
+
+class Console:
+    """Prints records; with a progress bar below them if the output is a terminal (or ``progress`` says so)."""
+
+    def __init__(self, total_steps: int | None, progress: bool | None = None):
+        self._console = RichConsole(highlight=False, soft_wrap=True)
+        self._total = total_steps
+        self.shows_progress = self._console.is_terminal if progress is None else progress
+        self._bar = Progress(
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            auto_refresh=False,
+        )
+        self._bar_task = self._bar.add_task("training", total=total_steps)
+        self._refreshed = 0.0
+
+    def __call__(self, record: Record) -> None:
+        if record.kind == "start":
+            self._facts(record.values)
+            if self.shows_progress:
+                self._bar.start()
+        elif record.kind == "end":
+            self._bar.stop()
+            self._summary(record.values)
+        else:
+            self._console.print(Text(line(record, self._total), style="bold" if record.kind == "evaluate" else ""))
+
+    def advance(self, step: int) -> None:
+        """Move the bar, at most ten times a second."""
+        now = time.monotonic()
+        if now - self._refreshed > 0.1:
+            self._refreshed = now
+            self._bar.update(self._bar_task, completed=step)
+            self._bar.refresh()
+
+    def _facts(self, facts: Mapping[str, Any]) -> None:
+        table = Table.grid(padding=(0, 2))
+        for name, text in facts.items():
+            table.add_row(Text(name, style="dim"), Text(str(text), overflow="fold"))
+        self._console.print(table)
+        self._console.print()
+
+    def _summary(self, result: Mapping[str, Any]) -> None:
+        table = Table.grid(padding=(0, 2))
+        rows = {
+            "ended": f"{result['reason']}, after {result['steps']} steps ({result['epochs']} epochs)",
+            "time": f"{result['seconds']:.1f} s, {result['samples_per_second']:,.0f} samples/s",
+        }
+        if result["skipped"]:
+            rows["skipped"] = f"{result['skipped']} updates that overflowed"
+        rows |= {f"last {label(k)}": number(k, v).strip() for k, v in result["metrics"].items()}
+        if result["best"] is not None:
+            name = str(result["best_metric"])
+            rows[f"best {label(name)}"] = f"{number(name, result['best']).strip()} at step {result['best_step']}"
+        directory = Path(result["directory"])
+        names = sorted(file.name for file in directory.iterdir() if not file.name.startswith("."))
+        rows["results"] = f"{directory} ({', '.join(names)})"
+        for name, text in rows.items():
+            table.add_row(Text(name, style="dim"), Text(text, overflow="fold"))
+        self._console.print()
+        self._console.print(table)

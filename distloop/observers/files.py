@@ -1,0 +1,95 @@
+"""Records in files. A file that cannot be written any more is given up with a warning: logging never ends a training."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from distloop.observers.text import line
+from distloop.session import Record
+
+
+class _File:
+    """A text file to append to, opened at the first line."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file: TextIO | None = None
+        self._broken = False
+
+    def write(self, text: str) -> None:
+        if self._broken:
+            return
+        try:
+            if self._file is None:
+                self._file = self._path.open("a", encoding="utf-8", buffering=1)
+            self._file.write(text + "\n")
+        except OSError as failure:
+            self._broken = True
+            print(f"distloop: {self._path}: {failure.strerror}; it gets no more lines", file=sys.stderr)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class JsonLines:
+    """One JSON object per record: ``kind``, ``step``, ``epoch``, ``time`` (UTC seconds) and the record's values."""
+
+    def __init__(self, path: Path):
+        self._out = _File(path)
+
+    def __call__(self, record: Record) -> None:
+        head = {"kind": record.kind, "step": record.step, "epoch": record.epoch, "time": round(time.time(), 3)}
+        self._out.write(json.dumps(head | _finite(record.values)))
+        if record.kind == "end":
+            self._out.close()
+
+
+class LogFile:
+    """A rank's own log, for reading: the same lines as the console, with the time."""
+
+    def __init__(self, path: Path):
+        self._out = _File(path)
+
+    def __call__(self, record: Record) -> None:
+        if record.kind in ("train", "evaluate"):
+            lines = [line(record)]
+        else:
+            lines = [f"{record.kind}: {key}: {value}" for key, value in record.values.items()]
+        for text in lines:
+            self._out.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
+        if record.kind == "end":
+            self._out.close()
+
+
+class TensorBoard:
+    """Scalars for TensorBoard, tags ``train/loss``, ``evaluate/accuracy`` and so on."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self._writer: Any = None
+
+    def __call__(self, record: Record) -> None:
+        if record.kind == "end" and self._writer is not None:
+            self._writer.close()
+        if record.kind not in ("train", "evaluate"):
+            return
+        if self._writer is None:
+            from tensorboardX import SummaryWriter  # late: it takes part of the time to the first step
+
+            self._writer = SummaryWriter(str(self._directory))
+        for key, value in record.values.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                self._writer.add_scalar(f"{record.kind}/{key}", value, record.step)
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

@@ -1,0 +1,254 @@
+"""A run: the loop's body with everything a user expects around it (log, evaluate, stop, keep the best)."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from distloop.agreement import Agreement, Signals, Stop
+from distloop.checkpoint import load_model, save_model
+from distloop.errors import INTERRUPTED, TERMINATED, ConfigError, nearest
+from distloop.evaluation import Evaluation
+from distloop.learner import Learner
+from distloop.ledger import Ledger
+from distloop.loop import Collects, Update, train
+from distloop.transports import Transport
+from distloop.world import World
+
+
+@dataclass(frozen=True)
+class Record:
+    """Something that happened: ``kind`` is start, train, evaluate, note or end. The same on every rank, exact over all."""
+
+    kind: str
+    step: int
+    epoch: int
+    values: Mapping[str, Any]
+
+
+# Called on rank 0 with every record; a true return value asks for a stop.
+Observer = Callable[[Record], object]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When to end, evaluate and log; a step is one global batch, counted from 1."""
+
+    epochs: int | None = None
+    max_steps: int | None = None
+    log_every: int = 50
+    evaluate_steps: int | None = None
+    evaluate_epochs: int | None = 1
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """Which metric tells whether a model is better, and how long to wait for that."""
+
+    metric: str | None = None  # None: the first that evaluation returns
+    mode: str | None = None  # None: min for a loss, else max
+    patience: int | None = None
+    min_delta: float = 0.0
+    keep_best: bool = True
+
+
+@dataclass
+class Result:
+    """How a run ended."""
+
+    reason: str
+    steps: int
+    epochs: int
+    seconds: float
+    samples_per_second: float
+    directory: Path
+    metrics: dict[str, float] = field(default_factory=dict)
+    best_metric: str | None = None
+    best: float | None = None
+    best_step: int | None = None
+    skipped: int = 0
+    exit_code: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it with JSON's types only."""
+        return asdict(self) | {"directory": str(self.directory)}
+
+
+class Session:
+    """One run of a task, from the first step to the saved model."""
+
+    def __init__(
+        self,
+        task: Collects,
+        learners: Sequence[Learner],
+        *,
+        world: World,
+        transport: Transport,
+        limits: Limits,
+        monitor: Monitor,
+        agreement: Agreement,
+        ledger: Ledger,
+        evaluation: Evaluation | None,
+        directory: Path,
+        facts: Mapping[str, str],
+        observers: Sequence[Observer] = (),
+        progress: Callable[[int], None] | None = None,
+    ):
+        self.task, self.learners, self.world, self.transport = task, list(learners), world, transport
+        self.limits, self.monitor, self.directory = limits, monitor, directory
+        self._agreement, self._ledger, self._evaluation = agreement, ledger, evaluation
+        self._facts, self._observers, self._progress = facts, list(observers), progress
+        self._models: dict[str, nn.Module] = {learner.name: learner.objective.model for learner in self.learners}
+        self.step = self.epoch = self._samples = 0
+        self._evaluated_at = -1
+        self._best: tuple[float, int] | None = None
+        self._evaluations_without_better = 0
+        self._metrics: dict[str, float] = {}
+        self._watched: tuple[str, float] | None = None  # metric's name, and +1 if lower is better
+
+    def run(self) -> Result:
+        """Train until a limit or a decision ends it; return with the best model loaded."""
+        begun = time.monotonic()
+        self._emit("start", self._facts)
+        reason = "all epochs done"
+        with Signals(self._agreement):
+            for update in train(self.task, self.learners, self._epochs(), self.world):
+                self._ledger.add(update)
+                if update.learner is self.learners[-1] and (stop := self._after_batch(update)):
+                    reason = stop
+                    break
+            stopped = self._agreement.now()
+            if stopped in _REASONS:
+                reason = _REASONS[stopped]
+        self._log()
+        if stopped < Stop.INTERRUPTED and self._evaluation is not None and self._evaluated_at != self.step:
+            self._evaluate()
+        return self._finish(reason, stopped, time.monotonic() - begun)
+
+    def _epochs(self) -> Iterable[int]:
+        """Yield epoch numbers; between two of them, evaluate if it is time."""
+        limits, epoch = self.limits, 0
+        while limits.epochs is None or epoch < limits.epochs:
+            self.epoch = epoch
+            for model in self._models.values():
+                model.train()
+            yield epoch
+            epoch += 1
+
+    def _after_batch(self, update: Update) -> str | None:
+        """Log, evaluate and decide after all learners' turns on a global batch; return a reason to stop."""
+        limits = self.limits
+        self.step += 1
+        self._samples += update.place.samples
+        if self._progress is not None:
+            self._progress(self.step)
+        evaluate = self._evaluation is not None and self._evaluation_due(update)
+        if evaluate or self.step == 1 or self.step % limits.log_every == 0:
+            self._log()
+        stop = self._evaluate() if evaluate else None
+        agreed = self._agreement()
+        if agreed:
+            return _REASONS[agreed]
+        if limits.max_steps is not None and self.step >= limits.max_steps:
+            return f"max_steps {limits.max_steps} reached"
+        return stop
+
+    def _evaluation_due(self, update: Update) -> bool:
+        limits = self.limits
+        if limits.evaluate_steps:
+            return self.step % limits.evaluate_steps == 0
+        return bool(
+            limits.evaluate_epochs and update.place.last and (update.epoch + 1) % limits.evaluate_epochs == 0
+        )
+
+    def _log(self) -> None:
+        values = self._ledger.close()
+        if values is not None:
+            self._emit("train", values)
+
+    def _evaluate(self) -> str | None:
+        """Evaluate, remember the best, and return a reason to stop if patience is over."""
+        assert self._evaluation is not None
+        self._evaluated_at = self.step
+        for learner in self.learners:
+            learner.share_buffers(self.transport)
+        self._metrics = self._evaluation()
+        if not self._metrics:
+            return None
+        name, sign = self._watched = self._watched or self._choose_metric()
+        value = self._metrics[name]
+        for learner in self.learners:
+            learner.schedule.observe(sign * value)
+        best = math.inf if self._best is None else sign * self._best[0]
+        better = sign * value < best - (0.0 if self._best is None else self.monitor.min_delta)
+        self._emit("evaluate", self._metrics | {"best": better})
+        if better:
+            self._best, self._evaluations_without_better = (value, self.step), 0
+            if self.monitor.keep_best and self.world.rank == 0:
+                save_model(self.directory / "model.safetensors", self._models)
+            return None
+        self._evaluations_without_better += 1
+        patience = self.monitor.patience
+        if patience is not None and self._evaluations_without_better > patience:
+            return f"no better {name} in {patience + 1} evaluations"
+        return None
+
+    def _choose_metric(self) -> tuple[str, float]:
+        name = self.monitor.metric or next(iter(self._metrics))
+        if name not in self._metrics:
+            raise ConfigError(f"monitor.metric: evaluation returned no metric {name!r}{nearest(name, self._metrics)}")
+        lower = self.monitor.mode == "min" if self.monitor.mode else _lower_is_better(name)
+        return name, 1.0 if lower else -1.0
+
+    def _finish(self, reason: str, stopped: Stop, seconds: float) -> Result:
+        path = self.directory / "model.safetensors"
+        if self._best is not None and self.monitor.keep_best:
+            load_model(path, self._models, self.transport)
+        else:
+            for learner in self.learners:
+                learner.share_buffers(self.transport)
+            if self.world.rank == 0:
+                save_model(path, self._models)
+        result = Result(
+            reason=reason,
+            steps=self.step,
+            epochs=self.epoch + 1,
+            seconds=seconds,
+            samples_per_second=self._samples / max(seconds, 1e-9),
+            directory=self.directory,
+            metrics=self._metrics,
+            best_metric=self._watched[0] if self._watched else None,
+            best=self._best[0] if self._best else None,
+            best_step=self._best[1] if self._best else None,
+            skipped=max(learner.skipped for learner in self.learners),
+            exit_code={Stop.INTERRUPTED: INTERRUPTED, Stop.TERMINATED: TERMINATED}.get(stopped, 0),
+        )
+        if self.world.rank == 0:
+            (self.directory / "result.json").write_text(json.dumps(result.as_dict(), indent=2) + "\n")
+        self._emit("end", result.as_dict())
+        return result
+
+    def _emit(self, kind: str, values: Mapping[str, Any]) -> None:
+        record = Record(kind, self.step, self.epoch, values)
+        for observer in self._observers:
+            if observer(record):
+                self._agreement.ask(Stop.ASKED)
+
+
+_REASONS = {
+    Stop.ASKED: "an observer asked for it",
+    Stop.TIME: "max_seconds reached",
+    Stop.INTERRUPTED: "interrupted (Ctrl-C)",
+    Stop.TERMINATED: "terminated (SIGTERM)",
+}
+
+
+def _lower_is_better(name: str) -> bool:
+    return any(word in name for word in ("loss", "error", "bits_per", "perplexity"))

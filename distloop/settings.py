@@ -1,0 +1,258 @@
+"""Where configuration comes from: defaults, a file, environment variables, the command line; each value knows which."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distloop.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from distloop.config import Config
+
+PREFIX = "DISTLOOP_"
+LARGEST_FILE = 2**20
+DEEPEST = 20
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value, and the words that name its source in an error."""
+
+    value: Any
+    source: str
+
+
+Settings = dict[str, Setting]  # by dotted key
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A valid configuration and where its values came from (dotted keys that are missing are defaults)."""
+
+    config: Config
+    sources: Mapping[str, str]
+
+    def rows(self) -> Iterator[tuple[str, Any, str]]:
+        """Yield (dotted key, value, source) for every value."""
+        for section, values in self.config.model_dump().items():
+            for key, value in values.items():
+                dotted = f"{section}.{key}"
+                yield dotted, value, self.source(dotted)
+
+    def source(self, dotted: str) -> str:
+        """Return where a value came from."""
+        return self.sources.get(dotted, "default")
+
+    def error(self, dotted: str, message: str) -> ConfigError:
+        """Return an error about a value, with its source."""
+        return ConfigError(f"{self.source(dotted)}: {dotted}: {message}")
+
+    def choose(self, dotted: str, known: Iterable[str], otherwise: str = "") -> None:
+        """Refuse the name at ``dotted`` unless it is known."""
+        section, _, key = dotted.partition(".")
+        name = getattr(getattr(self.config, section), key)
+        if name not in (names := list(known)):
+            raise self.error(dotted, f"unknown name {name!r}{nearest(name, names)}" + (f", {otherwise}" if otherwise else ""))
+
+    def refuse_unread(self, section: str, method: str, read: Collection[str]) -> None:
+        """Refuse a key that was given although the chosen method does not read it."""
+        for dotted in self.sources:
+            head, _, key = dotted.partition(".")
+            if head == section and key not in read:
+                raise self.error(dotted, f"{method} does not read it; it reads {', '.join(sorted(read))}")
+
+    def nested(self) -> dict[str, Any]:
+        """Return the configuration with JSON's types only."""
+        return self.config.model_dump(mode="json")
+
+
+def resolve(*layers: Settings) -> Resolved:
+    """Merge layers, the later ones winning, and check the result.
+
+    Raises:
+        ConfigError: a key is unknown or a value is wrong; one line each, with its source.
+    """
+    from pydantic import ValidationError
+
+    from distloop.config import Config
+
+    merged: Settings = {}
+    for layer in layers:
+        merged |= layer
+    nested: dict[str, dict[str, Any]] = {}
+    for dotted, setting in merged.items():
+        section, key = check_key(dotted, setting.source)
+        nested.setdefault(section, {})[key] = setting.value
+    try:
+        config = Config.model_validate(nested)
+    except ValidationError as failure:
+        raise ConfigError("\n".join(_sentences(failure, merged))) from None
+    micro, whole = config.data.micro_batch_size, config.data.global_batch_size
+    if micro is not None and micro > whole:
+        source = merged["data.micro_batch_size"].source
+        raise ConfigError(f"{source}: data.micro_batch_size: {micro} is more than data.global_batch_size, which is {whole}")
+    return Resolved(config, {dotted: setting.source for dotted, setting in merged.items()})
+
+
+def check_key(dotted: str, source: str) -> tuple[str, str]:
+    """Return the section and the key of a dotted key, or refuse it with the nearest that exists."""
+    from distloop.config import Config
+
+    sections = Config.model_fields
+    section, _, key = dotted.partition(".")
+    if section not in sections:
+        raise ConfigError(f"{source}: {dotted}: unknown section {section!r}{nearest(section, sections)}")
+    if not key:
+        raise ConfigError(f"{source}: {section}: is a section; give one of its keys, as in {section}.{_first(section)}")
+    if section != "task" and key not in _keys(section):
+        raise ConfigError(f"{source}: {dotted}: unknown key {key!r}{nearest(key, _keys(section))}")
+    return section, key
+
+
+def from_file(path: Path) -> Settings:
+    """Read a YAML 1.2 file (so 1e-3 is a number, ``no`` and 010 are what they look like, duplicate keys are refused).
+
+    Raises:
+        ConfigError: it is missing, too large, not YAML, or not sections of keys.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+    if not path.is_file():
+        beside = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise ConfigError(f"{path}: there is no such file{nearest(path.name, beside)}")
+    if path.stat().st_size > LARGEST_FILE:
+        raise ConfigError(f"{path}: is larger than {LARGEST_FILE // 2**20} MiB, which no configuration is")
+    try:
+        text = path.read_text(encoding="utf-8")
+        _check_depth(path, text)
+        document = YAML(typ="rt", pure=True).load(text)
+    except MarkedYAMLError as failure:
+        mark = failure.problem_mark
+        where = f"{path}:{mark.line + 1}" if mark is not None else str(path)
+        raise ConfigError(f"{where}: {str(failure.problem or 'is not valid YAML').strip()}") from None
+    except (YAMLError, UnicodeDecodeError, OSError, ValueError, RecursionError) as failure:
+        raise ConfigError(f"{path}: cannot be read as YAML: {str(failure).strip().splitlines()[0]}") from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: must hold sections of keys, not a {type(document).__name__}")
+    settings: Settings = {}
+    for section, keys in document.items():
+        where = f"{path}:{document.lc.key(section)[0] + 1}"
+        if not isinstance(keys, dict):
+            check_key(str(section), where)
+        for key, value in keys.items():
+            settings[f"{section}.{key}"] = Setting(_plain(value), f"{path}:{keys.lc.key(key)[0] + 1}")
+    return settings
+
+
+def _check_depth(path: Path, text: str) -> None:
+    """Refuse aliases and deep nesting before a document is built from them: a few lines can stand for gigabytes."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
+
+    depth = 0
+    for event in YAML(typ="rt", pure=True).parse(text):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if isinstance(event, AliasEvent) or depth > DEEPEST:
+            what = "an alias (*name)" if isinstance(event, AliasEvent) else f"nesting deeper than {DEEPEST} levels"
+            raise ConfigError(f"{path}:{event.start_mark.line + 1}: {what} is not allowed in a configuration")
+
+
+def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
+    """Read variables such as ``DISTLOOP_OPTIMIZER__LR=0.1``; those without a double underscore are not settings."""
+    env = os.environ if environment is None else environment
+    settings: Settings = {}
+    for name, text in env.items():
+        if name.startswith(PREFIX) and "__" in name:
+            dotted = name[len(PREFIX) :].lower().replace("__", ".", 1)
+            settings[dotted] = Setting(parse(text, name), f"environment {name}")
+    return settings
+
+
+def from_arguments(arguments: Sequence[str]) -> Settings:
+    """Read ``--section.key value`` and ``--section.key=value``.
+
+    Raises:
+        ConfigError: an argument is neither, or a key is given twice.
+    """
+    settings: Settings = {}
+    waiting = list(arguments)
+    while waiting:
+        option = waiting.pop(0)
+        name, equals, text = option.partition("=")
+        if not name.startswith("--"):
+            raise ConfigError(f"command line: {option!r} is not expected here; settings look like --optimizer.lr 0.1")
+        if not equals:
+            if not waiting:
+                raise ConfigError(f"command line: {name} has no value; settings look like --optimizer.lr 0.1")
+            text = waiting.pop(0)
+        dotted = name[2:].replace("-", "_")
+        check_key(dotted, "command line")
+        if dotted in settings:
+            raise ConfigError(f"command line: --{dotted} is given twice")
+        settings[dotted] = Setting(parse(text, name), f"command line --{dotted}")
+    return settings
+
+
+def from_mapping(sections: Mapping[str, Mapping[str, Any]], source: str = "argument") -> Settings:
+    """Read what a Python caller passes as sections of keys."""
+    settings: Settings = {}
+    for section, keys in sections.items():
+        if not isinstance(keys, Mapping):
+            check_key(section, source)
+            raise ConfigError(f"{source}: {section}: must be a mapping of keys, not {keys!r}")
+        settings |= {f"{section}.{key}": Setting(value, f"{source} {section}") for key, value in keys.items()}
+    return settings
+
+
+def parse(text: str, source: str) -> Any:
+    """Return the value that ``text`` would have in a file."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except (YAMLError, ValueError):
+        raise ConfigError(f"{source}: the value {text!r} is not valid YAML; quote it") from None
+
+
+def _keys(section: str) -> list[str]:
+    from distloop.config import Config
+
+    model: Any = Config.model_fields[section].annotation
+    return list(model.model_fields)
+
+
+def _first(section: str) -> str:
+    return _keys(section)[0]
+
+
+def _plain(value: Any) -> Any:
+    """Strip the round-trip loader's own types, which remember comments."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
+
+
+def _sentences(failure: Any, merged: Settings) -> Iterator[str]:
+    for error in failure.errors():
+        dotted = ".".join(str(part) for part in error["loc"][:2])
+        setting = merged.get(dotted)
+        source = setting.source if setting else "default"
+        shown = error["input"]
+        yield f"{source}: {dotted}: {shown!r} is wrong: {_lower(error['msg'])}"
+
+
+def _lower(message: str) -> str:
+    return message.removeprefix("Input ")[:1].lower() + message.removeprefix("Input ")[1:]

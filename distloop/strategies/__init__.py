@@ -1,0 +1,39 @@
+"""Strategies: how gradients are collected and new values shared. A new one is one entry in ``STRATEGIES``."""
+
+from collections.abc import Callable
+
+from distloop.collectives import ALL_REDUCE
+from distloop.strategies.base import Options, Parameters, Segment, Shard, Strategy
+from distloop.transports import Transport
+
+Make = Callable[[Parameters, Transport, Options], Strategy]
+
+
+def _single(parameters: Parameters, transport: Transport, options: Options) -> Strategy:
+    from distloop.strategies.single import Single
+
+    return Single(parameters, transport, options)
+
+
+def _ddp(parameters: Parameters, transport: Transport, options: Options) -> Strategy:
+    from distloop.strategies.ddp import DDP
+
+    return DDP(parameters, transport, options)
+
+
+def _naive(parameters: Parameters, transport: Transport, options: Options) -> Strategy:
+    from distloop.strategies.all_reduce import BucketedAllReduce
+
+    return BucketedAllReduce(parameters, transport, options, ALL_REDUCE["naive"])
+
+
+# What a configuration may name. ``single`` is not among them: it is what each of them comes to on one rank.
+STRATEGIES: dict[str, Make] = {"ddp": _ddp, "naive": _naive}
+
+
+def make(name: str, parameters: Parameters, transport: Transport, options: Options) -> Strategy:
+    """Return the named strategy for these ranks; with one rank there is nothing to collect."""
+    return (_single if transport.size == 1 else STRATEGIES[name])(parameters, transport, options)
+
+
+__all__ = ["STRATEGIES", "Options", "Parameters", "Segment", "Shard", "Strategy", "make"]

@@ -1,0 +1,130 @@
+"""The seam: what a strategy is asked to do. Everything on the other side only says when, never how."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from distloop.errors import MismatchError
+from distloop.transports import Transport
+
+Parameters = Mapping[str, nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Elements ``start`` to ``stop`` of a named parameter, and the tensor in which the optimizer updates them."""
+
+    name: str
+    parameter: nn.Parameter
+    start: int
+    stop: int
+    values: Tensor
+
+
+Shard = Sequence[Segment]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user may tune; a strategy reads what concerns it."""
+
+    bucket_mb: float | None = None  # None: 2 on CPU, 25 on GPU
+    unused_parameters: Literal["refuse", "zeros"] = "refuse"
+
+    def bucket_bytes(self, parameters: Parameters) -> int:
+        """Return the largest size of a bucket in bytes."""
+        if self.bucket_mb is not None:
+            return max(1, int(self.bucket_mb * 2**20))
+        # 25 MB is DDP's own default. On CPU it hides nothing for models of less than 25 MB (docs/decisions/0001).
+        return (25 if any(p.is_cuda for p in parameters.values()) else 2) * 2**20
+
+
+class Strategy(ABC):
+    """Collects one learner's gradients over all ranks and publishes its new parameter values.
+
+    One step is: ``backward`` once per micro-batch, the last with ``final=True``; then ``collect``, whose consumer updates
+    the values of shard ``i`` and calls ``broadcast(i)``; then ``settle``. The gradients handed out are *sums* over
+    micro-batches and ranks of ``weight * d(loss)/d(parameter)``; whoever sets the weights so that they add up to 1 over
+    the global batch gets exactly its gradient.
+    """
+
+    shards: Sequence[Shard]  # what this rank's optimizer updates
+    needs_every_gradient = False  # whether each rank's loss must reach every parameter
+
+    def __init__(self, parameters: Parameters, transport: Transport):
+        self.parameters, self.transport = parameters, transport
+        self._list = list(parameters.values())
+        self._seed: tuple[float, Tensor] | None = None
+        agree_on_model(parameters, transport)
+        for parameter in self._list:
+            transport.broadcast(parameter.detach())
+
+    @abstractmethod
+    def backward(self, loss: Tensor, weight: float, *, final: bool) -> None:
+        """Add ``weight`` times the gradient of ``loss``; ``final``: none follow in this step, so sending may start."""
+
+    @abstractmethod
+    def collect(self) -> Iterator[tuple[int, Sequence[Tensor]]]:
+        """Yield ``(i, gradients)``: the summed gradient of each segment of shard ``i``, as they arrive."""
+
+    def total(self, amount: Tensor) -> Tensor:
+        """Return the sum over all owners of a per-shard amount (the amount itself where shards are replicated)."""
+        return amount
+
+    def broadcast(self, i: int) -> None:  # noqa: B027 (replicas compute the same update themselves)
+        """Publish the new values of shard ``i``, without waiting."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Return when this rank's model has every new value and the gradients are cleared."""
+
+    def null_loss(self) -> Tensor:
+        """Return a loss of zero that touches every parameter: the turn of a rank that has no samples."""
+        return torch.stack([p.reshape(-1)[:0].sum() for p in self._list]).sum()
+
+    def seed(self, loss: Tensor, weight: float) -> Tensor:
+        """Return ``weight`` as the tensor from which backward starts: exact, and cheaper than multiplying the loss."""
+        if self._seed is None or self._seed[0] != weight:
+            self._seed = weight, torch.full_like(loss, weight, requires_grad=False)
+        return self._seed[1]
+
+
+def whole(parameters: Parameters) -> Shard:
+    """Return the shard that holds all of every parameter and is updated in place."""
+    return [Segment(name, p, 0, p.numel(), p.detach()) for name, p in parameters.items()]
+
+
+def agree_on_model(parameters: Parameters, transport: Transport) -> None:
+    """Check that all ranks have the same parameters in the same order.
+
+    Raises:
+        MismatchError: they have not; names the first difference that can be told apart by position.
+    """
+    if transport.size == 1:
+        return
+    count = len(parameters)
+    counts = transport.all_gather(torch.tensor([count], dtype=torch.int64)).wait()[:, 0].tolist()
+    if len(set(counts)) > 1:
+        raise MismatchError(f"ranks have different models: the numbers of trained parameters by rank are {counts}")
+    own = [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in parameters.items()]
+    digests = torch.tensor([_digest(text) for text in own], dtype=torch.int64)
+    rows = transport.all_gather(digests).wait()
+    for rank in range(transport.size):
+        differing = (rows[rank] != rows[0]).nonzero()
+        if len(differing):
+            i = int(differing[0])
+            raise MismatchError(
+                f"rank {rank}'s model differs from rank 0's at parameter {i}, which is {own[i]} on rank {transport.rank}"
+            )
+
+
+def _digest(text: str) -> int:
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")

@@ -1,0 +1,74 @@
+"""torch's DistributedDataParallel: gradients are summed bucket by bucket while backward still runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distloop.errors import ConfigError
+from distloop.strategies.base import Options, Parameters, Strategy, whole
+from distloop.transports import Transport
+from distloop.transports.process_group import TorchTransport
+
+
+class _LossIdentity(nn.Module):
+    """Hands the loss through. DDP must see a forward pass; it need not be the user's model's.
+
+    So the model's ``state_dict`` stays clean, and a loss may run through several models.
+    """
+
+    def __init__(self, parameters: Parameters):
+        super().__init__()
+        self.held = nn.ParameterList(parameters.values())
+
+    def forward(self, loss: Tensor) -> Tensor:
+        return loss
+
+
+class DDP(Strategy):
+    """All-reduce by torch's reducer, which overlaps it with the final backward."""
+
+    def __init__(self, parameters: Parameters, transport: Transport, options: Options):
+        super().__init__(parameters, transport)
+        if not isinstance(transport, TorchTransport):
+            raise ConfigError("strategy.name: ddp works over torch.distributed alone; start the ranks with torchrun")
+        self._reducer = DistributedDataParallel(
+            _LossIdentity(parameters),
+            process_group=transport.data,
+            bucket_cap_mb=options.bucket_bytes(parameters) / 2**20,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,
+            init_sync=False,  # the base class has broadcast the parameters
+            find_unused_parameters=options.unused_parameters == "zeros",
+        )
+        self.needs_every_gradient = options.unused_parameters != "zeros"
+        self.shards = [whole(parameters)]
+
+    def backward(self, loss: Tensor, weight: float, *, final: bool) -> None:
+        # DDP divides the sum by the number of ranks; the weight takes that back.
+        seed = self.seed(loss, weight * self.transport.size)
+        with nullcontext() if final else self._reducer.no_sync():
+            self._forward(loss).backward(seed, inputs=self._list)
+
+    def _forward(self, loss: Tensor) -> Tensor:
+        try:
+            result: Tensor = self._reducer(loss)
+        except RuntimeError as failure:
+            if "finished reduction" not in str(failure):
+                raise
+            raise ConfigError(
+                f"rank {self.transport.rank}: the loss of the step before did not reach every parameter; set "
+                "strategy.unused_parameters to zeros, or freeze those that it never reaches"
+            ) from failure
+        return result
+
+    def collect(self) -> Iterator[tuple[int, Sequence[Tensor]]]:
+        yield 0, [torch.zeros_like(p) if p.grad is None else p.grad for p in self._list]
+
+    def settle(self) -> None:
+        for parameter in self._list:
+            parameter.grad = None

@@ -1,0 +1,79 @@
+"""Supplied tasks, and how tasks are found by name."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from distloop.errors import ConfigError, DistloopError, nearest
+
+TASKS = {"digits": "distloop.tasks.digits:Digits", "byte_lm": "distloop.tasks.byte_lm:ByteLM"}
+
+
+def import_object(path: str, what: str) -> Any:
+    """Return the object at ``package.module:Name``.
+
+    Raises:
+        ConfigError: there is no such module or name.
+    """
+    module_name, _, name = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as failure:
+        missing = getattr(failure, "name", None)
+        if missing and not module_name.startswith(missing):
+            raise ConfigError(f"{what}: {module_name} cannot be imported: it needs {missing!r}, which is missing") from failure
+        raise ConfigError(f"{what}: module {module_name!r} cannot be imported: {failure}") from failure
+    except SyntaxError as failure:
+        raise ConfigError(f"{what}: {failure.filename}:{failure.lineno}: {failure.msg}") from failure
+    if not name or not hasattr(module, name):
+        public = [n for n in vars(module) if not n.startswith("_")]
+        hint = nearest(name, public) if name else "; write it as package.module:Name"
+        raise ConfigError(f"{what}: module {module_name!r} has no {name!r}{hint}")
+    return getattr(module, name)
+
+
+def make_task(name: str, options: Mapping[str, Any], source: str) -> Any:
+    """Return a new task.
+
+    Raises:
+        ConfigError: the task is unknown, does not take an option, or lacks what a task must have; ``source`` says where
+            its name came from.
+    """
+    if name not in TASKS and ":" not in name:
+        raise ConfigError(f"{source}: task.name: unknown task {name!r}{nearest(name, TASKS)}, or package.module:Class")
+    make = import_object(TASKS.get(name, name), f"{source}: task.name")
+    known = inspect.signature(make).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    for option in options:
+        if option not in known and not anything:
+            raise ConfigError(f"{source}: task.{option}: {name} takes no {option!r}{nearest(option, known)}")
+    for key, parameter in known.items():
+        if parameter.default is parameter.empty and parameter.kind not in (2, 4) and key not in options:
+            raise ConfigError(f"{source}: task.{key}: {name} needs a value for it")
+    try:
+        task = make(**options)
+    except DistloopError:
+        raise
+    except (TypeError, ValueError) as failure:
+        raise ConfigError(f"{source}: task {name} cannot be made: {failure}") from failure
+    check_task(task, source)
+    return task
+
+
+def check_task(task: Any, source: str) -> None:
+    """Raise a ConfigError if ``task`` lacks what a task must have."""
+    kind = type(task).__name__
+    if not callable(getattr(task, "collect", None)):
+        raise ConfigError(f"{source}: task {kind} has no method collect(epoch), which returns the data of an epoch")
+    objectives = getattr(task, "objectives", None)
+    if not isinstance(objectives, Mapping) or not objectives:
+        raise ConfigError(f"{source}: task {kind} has no objectives: a mapping of at least one name to an objective")
+    for name, objective in objectives.items():
+        for needed in ("model", "guess", "targets", "loss"):
+            if not hasattr(objective, needed):
+                raise ConfigError(f"{source}: objective {name!r} of task {kind} has no {needed!r}; it needs model, guess, targets, loss")
+    if getattr(task, "validation", None) is not None and not callable(getattr(task, "evaluate", None)):
+        raise ConfigError(f"{source}: task {kind} has validation data but no method evaluate(batch)")

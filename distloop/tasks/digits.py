@@ -1,0 +1,69 @@
+"""Handwritten digits: 1,797 real images of 8x8 pixels, ten classes (Alpaydin and Kaynak 1998, from scikit-learn)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from distloop.errors import ConfigError
+from distloop.tasks.base import Supervised, accuracy, split
+
+TEST_IMAGES = 360  # a fifth
+
+
+def load_digits() -> tuple[Tensor, Tensor]:
+    """Return images of shape (1797, 64), grey values in [0, 1], and labels of shape (1797,)."""
+    try:
+        from sklearn.datasets import load_digits as load
+    except ImportError:
+        raise ConfigError("task digits takes its images from scikit-learn: pip install 'distloop[digits]'") from None
+    digits = load()
+    return torch.tensor(digits.data / 16.0, dtype=torch.float32), torch.tensor(digits.target, dtype=torch.int64)
+
+
+class Digits(Supervised):
+    """Classify digits with a small network.
+
+    Args:
+        model: ``cnn`` (two convolutions) or ``mlp`` (one hidden layer).
+        hidden: units of the hidden layer.
+        dropout: part of the hidden units that are dropped in training.
+        label_smoothing: see ``torch.nn.CrossEntropyLoss``.
+    """
+
+    def __init__(
+        self,
+        model: Literal["cnn", "mlp"] = "cnn",
+        hidden: int = 128,
+        dropout: float = 0.0,
+        label_smoothing: float = 0.0,
+    ):
+        if model not in ("cnn", "mlp"):
+            raise ConfigError(f"task.model: {model!r} is neither cnn nor mlp")
+        images, labels = load_digits()
+        train, test = split(len(labels), TEST_IMAGES)
+        features, inputs = (_convolutions(), 64 * 4 * 4) if model == "cnn" else (nn.Sequential(), 64)
+        super().__init__(
+            nn.Sequential(features, nn.Linear(inputs, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, 10)),
+            nn.CrossEntropyLoss(label_smoothing=label_smoothing),
+            TensorDataset(images[train], labels[train]),
+            TensorDataset(images[test], labels[test]),
+            metrics={"accuracy": accuracy},
+            evaluation_loss=nn.CrossEntropyLoss(),
+            name="classifier",
+        )
+
+
+def _convolutions() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+    )

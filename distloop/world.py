@@ -1,0 +1,100 @@
+"""Who this process is: a pure function of the environment variables of the launcher that started it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from distloop.errors import WorldError
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """The names under which one launcher announces a rank's place; ``marker`` tells that it was this launcher."""
+
+    name: str
+    marker: str
+    rank: str
+    size: str
+    local_rank: str
+    local_size: str
+
+
+# In order of precedence: torchrun may run inside a Slurm job, so the innermost launcher comes first.
+LAUNCHERS = (
+    Launcher("torchrun", "RANK", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    Launcher(
+        "Open MPI",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    Launcher("MPICH", "PMI_RANK", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    Launcher("Slurm", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+)
+
+
+@dataclass(frozen=True)
+class World:
+    """A process's place among the ranks of a run."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    launcher: str = "none"
+
+    @property
+    def single_host(self) -> bool:
+        """Whether every rank runs on this host."""
+        return self.local_size == self.size
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> World:
+        """Read the world from ``environment`` (default: ``os.environ``); no launcher means one rank.
+
+        Raises:
+            WorldError: a variable is missing, is not a number, or contradicts another.
+        """
+        env = os.environ if environment is None else environment
+        for launcher in LAUNCHERS:
+            if launcher.marker in env or (launcher.name == "torchrun" and launcher.size in env):
+                return cls._from_launcher(launcher, env)
+        return cls()
+
+    @classmethod
+    def _from_launcher(cls, launcher: Launcher, env: Mapping[str, str]) -> World:
+        rank = _number(env, launcher, launcher.rank, least=0)
+        size = _number(env, launcher, launcher.size, least=1)
+        # Ranks that do not say otherwise are taken to share one host.
+        local_rank = _number(env, launcher, launcher.local_rank, least=0, default=rank)
+        local_size = _number(env, launcher, launcher.local_size, least=1, default=size)
+        if rank >= size:
+            raise WorldError(
+                f"{launcher.rank}={rank} (set by {launcher.name}) is outside the world: "
+                f"{launcher.size}={size} allows ranks 0 to {size - 1}"
+            )
+        if local_rank >= local_size:
+            raise WorldError(
+                f"{launcher.local_rank}={local_rank} (set by {launcher.name}) is outside the host: "
+                f"{launcher.local_size}={local_size} allows local ranks 0 to {local_size - 1}"
+            )
+        return cls(rank, size, local_rank, local_size, launcher.name)
+
+
+def _number(env: Mapping[str, str], launcher: Launcher, name: str, *, least: int, default: int | None = None) -> int:
+    text = env.get(name)
+    if text is None:
+        if default is not None:
+            return default
+        raise WorldError(f"environment variable {name} is missing: {launcher.name} sets it for every rank")
+    try:
+        value = int(text)
+    except ValueError:
+        raise WorldError(f"environment variable {name}={text!r} is not a whole number") from None
+    if value < least:
+        raise WorldError(f"environment variable {name}={value} is too small: it must be at least {least}")
+    return value
