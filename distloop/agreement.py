@@ -53,7 +53,9 @@ class Agreement:
             now = time.monotonic()
             seconds_per_step = (now - self._last) / (self._step - self._last_step)
             self._last, self._last_step = now, self._step
-            self._pending = self._transport.all_gather(torch.tensor([self._own(), seconds_per_step], dtype=torch.float64))
+            self._pending = self._transport.all_gather(
+                torch.tensor([self._own(), seconds_per_step], dtype=torch.float64)
+            )
         return Stop.NO
 
     def now(self) -> Stop:
@@ -91,7 +93,9 @@ class Signals:
             pass  # not the main thread: whoever owns the process owns its signals
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
         self._before.clear()

@@ -29,7 +29,8 @@ def save_model(path: Path, models: Mapping[str, nn.Module]) -> None:
     from safetensors.torch import save
 
     seen: dict[int, str] = {}
-    state, tied = {}, {}
+    state: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
     for key, value in model_state(models).items():
         first = seen.setdefault(value.data_ptr(), key) if value.numel() else key
         if first != key and state[first].shape == value.shape:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +17,9 @@ if TYPE_CHECKING:
 SETTINGS_FOLLOW = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["-h", "--help"]}
 SETTINGS_HELP = """
 
-Any value of the configuration can be set behind TARGET by its dotted key, as in --optimizer.lr 0.1, or by an environment
-variable, as in DISTLOOP_OPTIMIZER__LR=0.1; the command line wins over the environment, the environment over the file."""
+Any value of the configuration can be set behind TARGET by its dotted key, as in --optimizer.lr 0.1, or by an
+environment variable, as in DISTLOOP_OPTIMIZER__LR=0.1; the command line wins over the environment, the environment over
+the file."""
 
 
 class _Command(click.Command):
@@ -88,7 +88,7 @@ def _resolve(target: str, arguments: list[str]) -> Resolved:
     """Return the configuration that a target and the settings behind it come to."""
     from distloop import settings
 
-    sys.path.insert(0, os.getcwd())  # a task of the user's own is looked for where he stands
+    sys.path.insert(0, str(Path.cwd()))  # a task of the user's own is looked for where he stands
     if ":" in target and not Path(target).exists():
         base = {"task.name": settings.Setting(target, "command line")}
     else:
@@ -113,7 +113,9 @@ def _print_config(resolved: Resolved, *, as_json: bool) -> None:
     for row in rows:
         given = row["source"] != "default"
         text = json.dumps(row["value"])
-        table.add_row(row["key"], Text(text, style="bold" if given else ""), Text(row["source"], style="" if given else "dim"))
+        table.add_row(
+            row["key"], Text(text, style="bold" if given else ""), Text(row["source"], style="" if given else "dim")
+        )
     Console(highlight=False).print(table)
 
 

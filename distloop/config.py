@@ -31,7 +31,9 @@ class TaskSection(BaseModel):
 
 class DataSection(Section):
     global_batch_size: Positive = Field(64, description="samples per step over all ranks; the primary number")
-    micro_batch_size: Positive | None = Field(None, description="most samples a rank runs at once; accumulation follows")
+    micro_batch_size: Positive | None = Field(
+        None, description="most samples a rank runs at once; accumulation follows"
+    )
     shuffle: bool = Field(True, description="a new order each epoch, from train.seed")
     workers: NotNegative = Field(0, description="loader processes per rank (0: the rank reads itself)")
     prefetch: Positive = Field(2, description="batches that each loader process reads ahead")
@@ -55,7 +57,9 @@ class OptimizerSection(Section):
 
 
 class ScheduleSection(Section):
-    name: Literal["constant", "step", "linear", "cosine", "one_cycle", "plateau"] = Field("constant", description="shape")
+    name: Literal["constant", "step", "linear", "cosine", "one_cycle", "plateau"] = Field(
+        "constant", description="shape"
+    )
     steps: Positive | None = Field(None, description="updates until its end (default: those of the run)")
     warmup_steps: NotNegative = Field(0, description="updates of linear warm-up")
     warmup_start: Fraction | None = Field(None, description="factor it starts at (default 0; 1/scale with lr_scaling)")
@@ -75,7 +79,9 @@ class GradientsSection(Section):
 
 
 class PrecisionSection(Section):
-    name: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of forward and loss (autocast); weights stay fp32")
+    name: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="of forward and loss (autocast); weights stay fp32"
+    )
     loss_scale: PositiveFloat = Field(65536.0, description="fp16: where the loss scale starts")
     growth_interval: Positive = Field(2000, description="fp16: good updates after which it doubles")
 
@@ -87,7 +93,9 @@ class StrategySection(Section):
 
 
 class TrainSection(Section):
-    epochs: Positive | None = Field(None, description="passes over the data (default 10, if max_steps is not given either)")
+    epochs: Positive | None = Field(
+        None, description="passes over the data (default 10, if max_steps is not given either)"
+    )
     max_steps: Positive | None = Field(None, description="stop after this many global batches")
     max_seconds: PositiveFloat | None = Field(None, description="stop after this much time")
     seed: NotNegative = Field(0, description="of initial weights, data order and dropout")
@@ -102,7 +110,9 @@ class EvaluateSection(Section):
 class MonitorSection(Section):
     metric: str | None = Field(None, description="which metric tells what is better (default: the first evaluated)")
     mode: Literal["min", "max"] | None = Field(None, description="default: min for losses, else max")
-    patience: NotNegative | None = Field(None, description="stop early after more evaluations than this without a better")
+    patience: NotNegative | None = Field(
+        None, description="stop early after more evaluations than this without a better"
+    )
     min_delta: NotNegativeFloat = Field(0.0, description="least change that counts as better")
     keep_best: bool = Field(True, description="keep the best model and load it at the end")
     explosion: PositiveFloat | None = Field(1000.0, description="stop if the loss exceeds this many times the first")
@@ -122,7 +132,9 @@ class WorldSection(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where models run (auto: a GPU if there is one)")
     backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="of torch.distributed (auto: nccl on GPUs)")
     timeout: PositiveFloat = Field(300.0, description="seconds after which a missing rank is an error")
-    threads: Positive | None = Field(None, description="torch threads per rank (default: this rank's part of the cores)")
+    threads: Positive | None = Field(
+        None, description="torch threads per rank (default: this rank's part of the cores)"
+    )
 
 
 class Config(Section):

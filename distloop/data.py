@@ -1,8 +1,8 @@
 """Which sample is in which global batch on which rank, as arithmetic; and how it gets there.
 
-Global batch k of an epoch is ``order[k*G : (k+1)*G]``, where ``order`` depends on the seed and the epoch alone. Rank r of N
-takes a contiguous N-th of it. The last batch is smaller where G does not divide the number of samples: nothing is repeated,
-padded in or dropped, and a rank may get nothing.
+Global batch k of an epoch is ``order[k*G : (k+1)*G]``, where ``order`` depends on the seed and the epoch alone. Rank r
+of N takes a contiguous N-th of it. The last batch is smaller where G does not divide the number of samples: nothing is
+repeated, padded in or dropped, and a rank may get nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Plan:
         micro = self.micro_batch_size
         if micro is not None and not 1 <= micro <= self.global_batch_size:
             raise ConfigError(
-                f"data.micro_batch_size: {micro} must be between 1 and data.global_batch_size ({self.global_batch_size})"
+                f"data.micro_batch_size: {micro} must be from 1 to data.global_batch_size ({self.global_batch_size})"
             )
 
     @property
@@ -110,7 +110,7 @@ class Place(NamedTuple):
 
 @dataclass(slots=True)
 class Minibatch:
-    """This rank's share of one global batch, as micro-batches; at least one, if need be a null one."""
+    """A rank's share of one global batch, as micro-batches; at least one, if need be a null one."""
 
     place: Place
     micro_batches: list[MicroBatch]
@@ -143,8 +143,8 @@ class Batches:
         samples: anything with ``__len__`` and ``__getitem__``; with ``__getitems__`` whole batches are fetched at once.
         plan: how it is cut.
         shuffle: whether each epoch has an order of its own; else samples come as they are.
-        weighers: by learner, what a batch weighs, where that is not its number of samples. The global weight is then agreed
-            on by one small all-gather, launched one global batch ahead so that nobody waits for it.
+        weighers: by learner, what a batch weighs, where that is not its number of samples. The global weight is then
+            agreed on by one small all-gather, launched one global batch ahead so that nobody waits for it.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Metrics over a data set that are exact on any number of ranks: every sample counts once, sums and counts are added."""
+"""Metrics over a data set, exact on any number of ranks: every sample counts once, sums and counts are added."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Sums = Mapping[str, tuple[Tensor | float, Tensor | float]]
 
 
 class Evaluates(Protocol):
-    """What evaluation needs of a task. ``metrics``, if it has them, are torchmetrics objects that ``evaluate`` updates."""
+    """What evaluation needs of a task; ``metrics``, if any, are torchmetrics objects that ``evaluate`` updates."""
 
     def evaluate(self, batch: Any) -> Sums:
         """Return (sum, count) by metric; the metric is the total sum over the total count."""
@@ -84,7 +84,9 @@ class Evaluation:
             return {}
         own = torch.stack([pair.cpu() for pair in sums.values()])
         totals = self._transport.all_gather(own).wait().sum(0).tolist()
-        return {name: total / count if count else float("nan") for name, (total, count) in zip(sums, totals, strict=True)}
+        return {
+            name: total / count if count else float("nan") for name, (total, count) in zip(sums, totals, strict=True)
+        }
 
     def _stateful(self) -> dict[str, float]:
         values = {}
@@ -106,8 +108,12 @@ class Evaluation:
 def _pair(name: str, pair: Any) -> Tensor:
     try:
         total, count = pair
-        values = [t.detach().double() if isinstance(t, Tensor) else torch.tensor(float(t)).double() for t in (total, count)]
+        values = [
+            t.detach().double() if isinstance(t, Tensor) else torch.tensor(float(t)).double() for t in (total, count)
+        ]
         device = next((t.device for t in (total, count) if isinstance(t, Tensor)), None)
         return torch.stack([v.to(device) for v in values])
     except (TypeError, ValueError, RuntimeError) as failure:
-        raise ConfigError(f"evaluate(batch): metric {name!r} must be a pair (sum, count) of numbers; got {pair!r}") from failure
+        raise ConfigError(
+            f"evaluate(batch): metric {name!r} must be a pair (sum, count) of numbers; got {pair!r}"
+        ) from failure

@@ -32,7 +32,13 @@ def guarded(work: Callable[[], int], *, traceback: bool = False) -> NoReturn:
 def _lost_peer(failure: BaseException) -> RankDiedError | None:
     """Return what a broken or silent connection means: gloo reports both as a bare RuntimeError."""
     text = str(failure)
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Timeout waiting")
+    signs = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "Timed out waiting",
+        "Timeout waiting",
+    )
     if not isinstance(failure, RuntimeError) or not any(sign in text for sign in signs):
         return None
     return RankDiedError(f"another rank stopped or cannot be reached: {text.strip().splitlines()[0]}")

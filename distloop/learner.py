@@ -14,14 +14,15 @@ from distloop.errors import ConfigError
 from distloop.optimizer import Optimizer, OptimizerShard
 from distloop.schedules import Schedule
 from distloop.strategies import Parameters, Strategy
-from distloop.transforms import ClipByNorm, Collected, LossScale, Transform
+from distloop.transforms import ClipByNorm, Collected, LossScale, Stream, Transform
 from distloop.transports import Transport
 
 
 class Objective(Protocol):
     """What one model learns. ``weight(batch)``, if there is one, returns what ``loss`` is a mean over.
 
-    Without it a batch weighs its number of samples. A language model whose loss is a mean over tokens returns their count.
+    Without it a batch weighs its number of samples. A language model whose loss is a mean over tokens returns how many
+    there are.
     """
 
     model: nn.Module
@@ -46,7 +47,6 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return _FULL_PRECISION if dtype is None else torch.autocast(device.type, dtype)
 
 
-
 def trained_parameters(name: str, model: nn.Module) -> Parameters:
     """Return the parameters of ``model`` that require a gradient, by name.
 
@@ -55,7 +55,9 @@ def trained_parameters(name: str, model: nn.Module) -> Parameters:
     """
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
     if not trained:
-        raise ConfigError(f"objective {name!r}: its model {type(model).__name__} has no parameter that requires a gradient")
+        raise ConfigError(
+            f"objective {name!r}: its model {type(model).__name__} has no parameter that requires a gradient"
+        )
     return trained
 
 
@@ -136,7 +138,7 @@ class Learner:
             self._check.after_backward()
             self._check = None
         self.optimizer.lr = self.lr
-        stream = ((i, Collected(gradients)) for i, gradients in self.strategy.collect())
+        stream: Stream = ((i, Collected(gradients)) for i, gradients in self.strategy.collect())
         for transform in self.transforms:
             stream = transform(stream, self.strategy.total)
         applied = False
@@ -195,10 +197,12 @@ class UnusedCheck:
         if not isinstance(loss, Tensor):
             raise ConfigError(f"{where} returned a {type(loss).__name__}; it must return a scalar tensor")
         if loss.dim() != 0:
-            raise ConfigError(f"{where} returned a tensor of shape {tuple(loss.shape)}; it must be a scalar: take the mean")
+            raise ConfigError(
+                f"{where} returned a tensor of shape {tuple(loss.shape)}; it must be a scalar: take the mean"
+            )
         if not loss.requires_grad:
             raise ConfigError(
-                f"{where} returned a tensor that does not depend on any trained parameter (detached, or made under no_grad)"
+                f"{where} returned a tensor that depends on no trained parameter (detached, or made under no_grad)"
             )
 
     def after_backward(self) -> None:
@@ -209,7 +213,9 @@ class UnusedCheck:
         own = [self.IDLE if self._idle else self.REACHED if name in self._reached else self.MISSED for name in names]
         rows = self._strategy.transport.all_gather(torch.tensor(own, dtype=torch.uint8)).wait()
         missed = rows == self.MISSED
-        refused = missed.any(0) if self._strategy.needs_every_gradient else missed.any(0) & ~(rows == self.REACHED).any(0)
+        refused = (
+            missed.any(0) if self._strategy.needs_every_gradient else missed.any(0) & ~(rows == self.REACHED).any(0)
+        )
         unused = [name for name, refuse in zip(names, refused.tolist(), strict=True) if refuse]
         if unused:
             listed = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")

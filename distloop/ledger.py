@@ -22,7 +22,7 @@ class Ledger:
     Args:
         learners: those that take turns.
         transport: to the other ranks.
-        explosion: a loss above this many times the first (or 1, if that is more) is taken for an explosion (None: never).
+        explosion: a loss above this many times the first (or 1, if that is more) is an explosion (None: never).
     """
 
     def __init__(self, learners: Sequence[Learner], transport: Transport, *, explosion: float | None = 1e3):
@@ -96,8 +96,8 @@ class Ledger:
         if self._explosion is not None and abs(loss) > self._explosion * max(first, 1.0):
             worst = int(by_rank.abs().argmax())
             raise NonFiniteError(
-                f"the loss exploded to {loss:.4g} at {where} (it began at {first:.4g}; most of it on rank {worst}); a smaller "
-                "optimizer.lr, schedule.warmup_steps or gradients.clip_norm may help"
+                f"the loss exploded to {loss:.4g} at {where} (it began at {first:.4g}; most of it on rank {worst}); a "
+                "smaller optimizer.lr, schedule.warmup_steps or gradients.clip_norm may help"
             )
 
 

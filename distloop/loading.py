@@ -14,12 +14,14 @@ from distloop.errors import DataError, DistloopError
 class Fetch:
     """Reads the samples of a batch.
 
-    In the order of preference: tensors (a ``TensorDataset``) are indexed, one operation for the batch; ``__getitems__(indices)``
-    may return a finished batch, or a list of samples, which is then collated; ``__getitem__(index)`` is called for each.
+    In the order of preference: tensors (a ``TensorDataset``) are indexed, one operation for the batch;
+    ``__getitems__(indices)`` may return a finished batch, or a list of samples, which is then collated;
+    ``__getitem__(index)`` is called for each.
     """
 
     def __init__(self, samples: Any, collate: Callable[[Sequence[Any]], Any] | None = None):
-        self.samples, self._collate = samples, collate
+        self.samples = samples
+        self._collate: Callable[[list[Any]], Any] | None = collate
         tensors = getattr(samples, "tensors", None)
         if collate is None and isinstance(tensors, tuple) and all(isinstance(t, Tensor) for t in tensors):
             self._read: Callable[[Tensor], Any] = self._index
@@ -39,7 +41,9 @@ class Fetch:
         except DistloopError:
             raise
         except Exception as failure:
-            raise DataError(f"reading samples {_some(indices)} failed: {type(failure).__name__}: {failure}") from failure
+            raise DataError(
+                f"reading samples {_some(indices)} failed: {type(failure).__name__}: {failure}"
+            ) from failure
 
     def _index(self, indices: Tensor) -> tuple[Tensor, ...]:
         return tuple(t.index_select(0, indices) for t in self.samples.tensors)
@@ -53,9 +57,9 @@ class Fetch:
 
     def _join(self, items: list[Any]) -> Any:
         if self._collate is None:
-            from torch.utils.data import default_collate  # takes 0.1 s to import; tensors do not need it
+            from torch.utils.data import default_collate
 
-            self._collate = default_collate
+            return default_collate(items)
         return self._collate(items)
 
 
@@ -116,7 +120,7 @@ def loader_batches(
     """
     from torch.utils.data import DataLoader
 
-    loader = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         _ByIndices(fetch, batches),  # type: ignore[arg-type]  # map-style by its methods, not by its base class
         batch_size=None,
         num_workers=workers,

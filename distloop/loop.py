@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ class Collects(Protocol):
 
 @dataclass(slots=True)
 class Update:
-    """One learner's turn: what it was computed from. ``losses`` are this rank's (share of the global batch, loss) pairs.
+    """One learner's turn. ``losses`` are this rank's (share of the global batch, loss) pairs.
 
     The loss of the global batch is the sum over all pairs of all ranks of share times loss.
     """

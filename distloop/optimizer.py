@@ -1,8 +1,9 @@
 """A torch optimizer that is handed one shard at a time.
 
-The four optimizers of the textbooks call torch's own functional kernels, fused where torch has them. That is the same arithmetic
-as ``torch.optim``'s classes at a fifth of the Python, and does not import the compiler stack, which building any
-``torch.optim.Optimizer`` does (0.8 CPU seconds of a process's start). Any other optimizer is used as it is, by class.
+The four optimizers of the textbooks call torch's own functional kernels, fused where torch has them. That is the same
+arithmetic as ``torch.optim``'s classes at a fifth of the Python, and does not import the compiler stack, which building
+any ``torch.optim.Optimizer`` does (0.8 CPU seconds of a process's start). Any other optimizer is used as it
+is, by class.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Learning-rate schedules: the factor on the base learning rate as a function of the step.
 
-A step is one applied update, counted from 0. Steps that are skipped (fp16 overflow) do not count. All but ``Plateau`` are pure
-functions of the step, so that nothing has to be saved to go on with one.
+A step is one applied update, counted from 0. Steps that are skipped (fp16 overflow) do not count. All but ``Plateau``
+are pure functions of the step, so that nothing has to be saved to go on with one.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class Cosine(Schedule):
 class OneCycle(Schedule):
     """Up by half a cosine to 1, then down by another (Smith and Topin 2018, as torch's ``OneCycleLR`` has it).
 
-    The base learning rate is the highest one; it starts at 1/``start_div`` of it, reaches it after ``peak`` of ``steps``, and
-    ends at 1/``final_div`` of the start.
+    The base learning rate is the highest one; it starts at 1/``start_div`` of it, reaches it after ``peak`` of the
+    ``steps``, and ends at 1/``final_div`` of the start.
     """
 
     steps: int

@@ -25,7 +25,7 @@ from distloop.world import World
 
 @dataclass(frozen=True)
 class Record:
-    """Something that happened: ``kind`` is start, train, evaluate, note or end. The same on every rank, exact over all."""
+    """Something that happened: ``kind`` is start, train, evaluate or end. Exact over all ranks, the same on each."""
 
     kind: str
     step: int
@@ -164,9 +164,7 @@ class Session:
         limits = self.limits
         if limits.evaluate_steps:
             return self.step % limits.evaluate_steps == 0
-        return bool(
-            limits.evaluate_epochs and update.place.last and (update.epoch + 1) % limits.evaluate_epochs == 0
-        )
+        return bool(limits.evaluate_epochs and update.place.last and (update.epoch + 1) % limits.evaluate_epochs == 0)
 
     def _log(self) -> None:
         values = self._ledger.close()

@@ -56,7 +56,9 @@ class Resolved:
         section, _, key = dotted.partition(".")
         name = getattr(getattr(self.config, section), key)
         if name not in (names := list(known)):
-            raise self.error(dotted, f"unknown name {name!r}{nearest(name, names)}" + (f", {otherwise}" if otherwise else ""))
+            raise self.error(
+                dotted, f"unknown name {name!r}{nearest(name, names)}" + (f", {otherwise}" if otherwise else "")
+            )
 
     def refuse_unread(self, section: str, method: str, read: Collection[str]) -> None:
         """Refuse a key that was given although the chosen method does not read it."""
@@ -94,7 +96,9 @@ def resolve(*layers: Settings) -> Resolved:
     micro, whole = config.data.micro_batch_size, config.data.global_batch_size
     if micro is not None and micro > whole:
         source = merged["data.micro_batch_size"].source
-        raise ConfigError(f"{source}: data.micro_batch_size: {micro} is more than data.global_batch_size, which is {whole}")
+        raise ConfigError(
+            f"{source}: data.micro_batch_size: {micro} is more than data.global_batch_size, which is {whole}"
+        )
     return Resolved(config, {dotted: setting.source for dotted, setting in merged.items()})
 
 
@@ -143,12 +147,16 @@ def from_file(path: Path) -> Settings:
         raise ConfigError(f"{path}: must hold sections of keys, not a {type(document).__name__}")
     settings: Settings = {}
     for section, keys in document.items():
-        where = f"{path}:{document.lc.key(section)[0] + 1}"
+        where = f"{path}:{_line(document, section)}"
         if not isinstance(keys, dict):
             check_key(str(section), where)
         for key, value in keys.items():
-            settings[f"{section}.{key}"] = Setting(_plain(value), f"{path}:{keys.lc.key(key)[0] + 1}")
+            settings[f"{section}.{key}"] = Setting(_plain(value), f"{path}:{_line(keys, key)}")
     return settings
+
+
+def _line(mapping: Any, key: Any) -> int:
+    return int(mapping.lc.key(key)[0]) + 1
 
 
 def _check_depth(path: Path, text: str) -> None:
@@ -200,7 +208,7 @@ def from_arguments(arguments: Sequence[str]) -> Settings:
     return settings
 
 
-def from_mapping(sections: Mapping[str, Mapping[str, Any]], source: str = "argument") -> Settings:
+def from_mapping(sections: Mapping[str, Any], source: str = "argument") -> Settings:
     """Read what a Python caller passes as sections of keys."""
     settings: Settings = {}
     for section, keys in sections.items():

@@ -1,7 +1,7 @@
 """What happens to gradients between collecting and applying: loss-scale check, clipping.
 
-Each transform takes a stream of ``(i, Collected)`` and gives one. Clipping by value lets it flow, so shard 0 is applied while
-shard 5 is still on the wire; a norm must drain it first; an overflow ends it.
+Each transform takes a stream of ``(i, Collected)`` and gives one. Clipping by value lets it flow, so shard 0 is applied
+while shard 5 is still on the wire; a norm must drain it first; an overflow ends it.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ class ClipByValue(Transform):
 class LossScale(Transform):
     """Keep fp16 gradients above underflow (Micikevicius et al. 2018, section 3.2), with a scale that finds itself.
 
-    The loss is multiplied by ``scale`` before backward. If any gradient on any rank overflowed, the step is skipped on all
-    ranks and the scale is halved; after ``growth_interval`` good steps in a row it is doubled. torch's GradScaler does the same
-    on one process, but gives ranks that own different shards no way to agree.
+    The loss is multiplied by ``scale`` before backward. If any gradient on any rank overflowed, the step is skipped on
+    all ranks and the scale is halved; after ``growth_interval`` good steps in a row it is doubled. torch's GradScaler
+    does the same in one process, but gives ranks that own different shards no way to agree.
     """
 
     def __init__(self, scale: float = 65536.0, growth_interval: int = 2000):

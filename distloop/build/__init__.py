@@ -143,7 +143,9 @@ class Builder:
         return min(known) if known else None
 
     def _plan(self, data: Any) -> Plan:
-        return Plan(_size(data, "collect(epoch)"), self.config.data.global_batch_size, self.config.data.micro_batch_size)
+        return Plan(
+            _size(data, "collect(epoch)"), self.config.data.global_batch_size, self.config.data.micro_batch_size
+        )
 
     def _batches(self, task: Any, data: Any, place: Place, weighers: Weighers) -> Batches:
         return Batches(

@@ -44,7 +44,8 @@ def _batch(plan: Plan, ranks: int) -> str:
     accumulation = plan.accumulation(ranks)
     return (
         f"{plan.global_batch_size} samples = {ranks} rank{'s' if ranks > 1 else ''} x {accumulation} "
-        f"micro-batch{'es' if accumulation > 1 else ''} of at most {micro}; {plan.samples} samples in {plan.steps} steps per epoch"
+        f"micro-batch{'es' if accumulation > 1 else ''} of at most {micro}; "
+        f"{plan.samples} samples in {plan.steps} steps per epoch"
     )
 
 
@@ -58,5 +59,7 @@ def _optimizer(config: Config, lr: float) -> str:
     if schedule.warmup_steps:
         text += f" with {schedule.warmup_steps} steps of warm-up"
     if c.weight_decay:
-        text += f", weight decay {c.weight_decay:g} " + ("on all" if c.decay_biases_and_norms else "not on biases and norms")
+        text += f", weight decay {c.weight_decay:g} " + (
+            "on all" if c.decay_biases_and_norms else "not on biases and norms"
+        )
     return text

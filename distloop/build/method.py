@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -65,11 +65,12 @@ class Method:
         make = import_object(c.name, f"{self._resolved.source('optimizer.name')}: optimizer.name")
         if not (isinstance(make, type) and issubclass(make, torch.optim.Optimizer)):
             raise self._resolved.error("optimizer.name", f"{c.name} is not a torch.optim.Optimizer class")
+        torch_optimizer: Callable[..., torch.optim.Optimizer] = make
         try:
-            make([nn.Parameter(torch.zeros(1))], lr=c.lr, **c.options)
+            torch_optimizer([nn.Parameter(torch.zeros(1))], lr=c.lr, **c.options)
         except (TypeError, ValueError) as failure:
             raise self._resolved.error("optimizer.options", f"{c.name} refuses them: {failure}") from failure
-        return optimizers.Torch(make, c.options)
+        return optimizers.Torch(torch_optimizer, c.options)
 
     def decays(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
         """Return the weight decay of each parameter; biases and the scales of norms have fewer than two dimensions."""
@@ -107,7 +108,9 @@ class Method:
             return schedules.Constant()
         end = c.steps or steps
         if end is None:
-            raise self._resolved.error("schedule.name", f"{c.name} must know its end: set schedule.steps or train.max_steps")
+            raise self._resolved.error(
+                "schedule.name", f"{c.name} must know its end: set schedule.steps or train.max_steps"
+            )
         if c.name == "one_cycle":
             return schedules.OneCycle(end, c.peak, c.start_div, c.final_div)
         return schedules.Linear(end, c.final) if c.name == "linear" else schedules.Cosine(end, c.final)
@@ -116,7 +119,7 @@ class Method:
 def lr_scale(c: OptimizerSection, global_batch_size: int) -> float:
     """Return the factor on the learning rate for this batch size.
 
-    ``linear`` is Goyal et al. 2017, section 2.1; ``sqrt`` keeps the variance of the update (Krizhevsky 2014, section 5).
+    ``linear`` is Goyal et al. 2017, section 2.1; ``sqrt`` keeps the update's variance (Krizhevsky 2014, section 5).
     """
     ratio = global_batch_size / c.reference_batch_size
     return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[c.lr_scaling]

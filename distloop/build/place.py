@@ -37,13 +37,15 @@ def make_place(config: Config, world: World) -> Place:
     wanted = config.world
     gpus = torch.cuda.device_count() if wanted.device != "cpu" else 0
     if wanted.device == "cuda" and not gpus:
-        raise WorldError(f"world.device: cuda was asked for, but torch {torch.__version__} sees no GPU here", everywhere=True)
+        raise WorldError(
+            f"world.device: cuda was asked for, but torch {torch.__version__} sees no GPU here", everywhere=True
+        )
     if wanted.backend == "nccl" and not gpus:
         raise WorldError(f"world.backend: {nccl_unusable()}", everywhere=True)
     if gpus and world.local_rank >= gpus:
         raise WorldError(
-            f"local rank {world.local_rank} has no GPU of its own, this host has {gpus}: start at most {gpus} ranks per host, "
-            "or set world.device to cpu"
+            f"local rank {world.local_rank} has no GPU of its own, this host has {gpus}: start at most {gpus} ranks "
+            "per host, or set world.device to cpu"
         )
     device = torch.device("cuda", world.local_rank) if gpus else torch.device("cpu")
     if gpus:

@@ -1,4 +1,4 @@
-"""Records in files. A file that cannot be written any more is given up with a warning: logging never ends a training."""
+"""Records in files. A file that cannot be written is given up with a warning: logging never ends a training."""
 
 from __future__ import annotations
 

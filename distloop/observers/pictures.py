@@ -44,7 +44,9 @@ class LearningCurves:
 
             figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
             FigureCanvasAgg(figure)
-            for axes, (panel, series) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+            for axes, (panel, series) in zip(
+                figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+            ):
                 for kind, key in series:
                     steps, values = zip(*self._series[kind, key], strict=True)
                     name = {"train": "training", "evaluate": "evaluation"}[kind]

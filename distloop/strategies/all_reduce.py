@@ -32,8 +32,8 @@ class Bucket:
         for segment, view in zip(self.shard, self.gradients, strict=True):
             if segment.parameter.grad is not view:
                 raise ConfigError(
-                    f"the gradient of parameter {segment.name!r} no longer lies in its bucket: something replaced it or set "
-                    "it to None (zero_grad()?); distloop clears gradients itself"
+                    f"the gradient of parameter {segment.name!r} no longer lies in its bucket: something replaced it "
+                    "or set it to None (zero_grad()?); distloop clears gradients itself"
                 )
 
 
@@ -68,7 +68,7 @@ def fill(parameters: Parameters, capacity: int) -> list[Parameters]:
     """
     buckets: list[dict[str, torch.nn.Parameter]] = []
     kind, room = None, 0
-    for name, p in reversed(parameters.items()):
+    for name, p in reversed(list(parameters.items())):
         size = p.numel() * p.element_size()
         if (p.dtype, p.device) != kind or size > room:
             buckets.append({})

@@ -48,10 +48,10 @@ class Options:
 class Strategy(ABC):
     """Collects one learner's gradients over all ranks and publishes its new parameter values.
 
-    One step is: ``backward`` once per micro-batch, the last with ``final=True``; then ``collect``, whose consumer updates
-    the values of shard ``i`` and calls ``broadcast(i)``; then ``settle``. The gradients handed out are *sums* over
-    micro-batches and ranks of ``weight * d(loss)/d(parameter)``; whoever sets the weights so that they add up to 1 over
-    the global batch gets exactly its gradient.
+    One step is: ``backward`` once per micro-batch, the last with ``final=True``; then ``collect``, whose consumer
+    updates the values of shard ``i`` and calls ``broadcast(i)``; then ``settle``. The gradients handed out are *sums*
+    over micro-batches and ranks of ``weight * d(loss)/d(parameter)``; with weights that add up to 1 over the global
+    batch, that is exactly its gradient.
     """
 
     shards: Sequence[Shard]  # what this rank's optimizer updates
@@ -120,7 +120,7 @@ def agree_on_model(parameters: Parameters, transport: Transport) -> None:
         if len(differing):
             i = int(differing[0])
             raise MismatchError(
-                f"rank {rank}'s model differs from rank 0's at parameter {i}, which is {own[i]} on rank {transport.rank}"
+                f"rank {rank}'s model differs from rank 0's at parameter {i}: on rank {transport.rank} it is {own[i]}"
             )
 
 

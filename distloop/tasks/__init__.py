@@ -24,7 +24,9 @@ def import_object(path: str, what: str) -> Any:
     except ImportError as failure:
         missing = getattr(failure, "name", None)
         if missing and not module_name.startswith(missing):
-            raise ConfigError(f"{what}: {module_name} cannot be imported: it needs {missing!r}, which is missing") from failure
+            raise ConfigError(
+                f"{what}: {module_name} cannot be imported: it needs {missing!r}, which is missing"
+            ) from failure
         raise ConfigError(f"{what}: module {module_name!r} cannot be imported: {failure}") from failure
     except SyntaxError as failure:
         raise ConfigError(f"{what}: {failure.filename}:{failure.lineno}: {failure.msg}") from failure
@@ -74,6 +76,8 @@ def check_task(task: Any, source: str) -> None:
     for name, objective in objectives.items():
         for needed in ("model", "guess", "targets", "loss"):
             if not hasattr(objective, needed):
-                raise ConfigError(f"{source}: objective {name!r} of task {kind} has no {needed!r}; it needs model, guess, targets, loss")
+                raise ConfigError(
+                    f"{source}: objective {name!r} of task {kind} lacks {needed!r}; it needs model, guess, targets, loss"
+                )
     if getattr(task, "validation", None) is not None and not callable(getattr(task, "evaluate", None)):
         raise ConfigError(f"{source}: task {kind} has validation data but no method evaluate(batch)")

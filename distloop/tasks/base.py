@@ -15,7 +15,9 @@ Metric = Callable[[Any, Any], tuple[Tensor | float, Tensor | float]]
 
 
 class Task(Protocol):
-    """What the runtime needs. Optional attributes, used where they exist:
+    """What the runtime needs.
+
+    Optional attributes, used where they exist:
 
     - ``validation``: a map-style data set, with ``evaluate(batch) -> {metric: (sum, count)}``;
     - ``metrics``: torchmetrics objects by name, which ``evaluate`` updates;

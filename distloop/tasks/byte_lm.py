@@ -24,7 +24,7 @@ TEXT_SUFFIXES = {".py", ".txt", ".md", ".rst", ".tex", ".c", ".h", ".cpp", ".js"
 
 
 class Chunks:
-    """Documents cut into chunks of at most ``context`` bytes; a sample is one chunk, a batch is padded to its longest."""
+    """Documents cut into chunks of at most ``context`` bytes: a sample is one, a batch is padded to its longest."""
 
     def __init__(self, documents: Sequence[bytes], context: int):
         self.context = context
@@ -132,7 +132,9 @@ def _read(path: str | None, max_bytes: int) -> Iterator[bytes]:
     if not root.is_dir():
         raise DataError(f"task.path: {path}: there is no such file or directory")
     left = max_bytes
-    for file in sorted(_files(root, path is None), key=lambda f: hashlib.sha256(str(f.relative_to(root)).encode()).digest()):
+    for file in sorted(
+        _files(root, path is None), key=lambda f: hashlib.sha256(str(f.relative_to(root)).encode()).digest()
+    ):
         text = file.read_bytes()[:left]
         if text:
             yield text
@@ -144,6 +146,8 @@ def _read(path: str | None, max_bytes: int) -> Iterator[bytes]:
 def _files(root: Path, standard_library: bool) -> Iterator[Path]:
     for file in root.rglob("*"):
         parts = file.relative_to(root).parts
-        wanted = file.suffix == ".py" and LEFT_OUT.isdisjoint(parts) if standard_library else file.suffix in TEXT_SUFFIXES
+        wanted = (
+            file.suffix == ".py" and LEFT_OUT.isdisjoint(parts) if standard_library else file.suffix in TEXT_SUFFIXES
+        )
         if wanted and file.is_file():
             yield file

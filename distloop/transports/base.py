@@ -14,7 +14,7 @@ CONTROL_TAG = 1  # keeps control messages apart from gradients, which travel wit
 class Work(Protocol):
     """An operation under way."""
 
-    def wait(self) -> None:
+    def wait(self) -> object:
         """Return when the operation is complete; raise if a peer failed or the timeout passed."""
 
 

@@ -8,6 +8,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from distloop.errors import WorldError
 from distloop.transports.base import CONTROL_TAG, Rows, Transport, Work
@@ -77,10 +79,12 @@ def connect(world: World, *, backend: str, device: torch.device, timeout: float)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     limit = timedelta(seconds=timeout)
     try:
-        store, rank, size = next(dist.rendezvous("env://", world.rank, world.size, timeout=limit))
+        store, rank, size = next(rendezvous("env://", world.rank, world.size, timeout=limit))
         store.set_timeout(limit)
         _stores.append(store)
-        dist.init_process_group(backend, store=dist.PrefixStore("distloop", store), rank=rank, world_size=size, timeout=limit)
+        dist.init_process_group(
+            backend, store=PrefixStore("distloop", store), rank=rank, world_size=size, timeout=limit
+        )
         data = dist.group.WORLD
         if data is None:
             raise WorldError("torch.distributed gave no world group")
@@ -95,7 +99,7 @@ def connect(world: World, *, backend: str, device: torch.device, timeout: float)
 
 
 # The store of this process's group, kept for the last word of a failing rank. A process has one world at most.
-_stores: list[dist.Store] = []
+_stores: list[Store] = []
 
 
 def claim(what: str) -> bool:
@@ -103,7 +107,7 @@ def claim(what: str) -> bool:
     if not _stores:
         return True
     try:
-        return int(_stores[-1].add(f"claim/{what}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1)) == 1
+        return int(_stores[-1].add(f"claim/{what}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1)) == 1
     except (dist.DistError, RuntimeError):
         return True
 
