@@ -41,7 +41,6 @@ class DDP(Strategy):
             process_group=transport.data,
             bucket_cap_mb=options.bucket_bytes(parameters) / 2**20,
             gradient_as_bucket_view=True,
-            broadcast_buffers=False,
             init_sync=False,  # the base class has broadcast the parameters
             find_unused_parameters=options.unused_parameters == "zeros",
         )

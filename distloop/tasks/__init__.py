@@ -77,7 +77,7 @@ def check_task(task: Any, source: str) -> None:
         for needed in ("model", "guess", "targets", "loss"):
             if not hasattr(objective, needed):
                 raise ConfigError(
-                    f"{source}: objective {name!r} of task {kind} lacks {needed!r}; it needs model, guess, targets, loss"
+                    f"{source}: objective {name!r} of task {kind} lacks {needed!r} of model, guess, targets, loss"
                 )
     if getattr(task, "validation", None) is not None and not callable(getattr(task, "evaluate", None)):
         raise ConfigError(f"{source}: task {kind} has validation data but no method evaluate(batch)")

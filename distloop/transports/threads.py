@@ -1,10 +1,9 @@
-"""A cluster in one process: ranks are threads and messages are queues. For tests and for debugging."""
+"""A cluster in one process: ranks are threads. For tests and for debugging."""
 
 from __future__ import annotations
 
-import queue
 import threading
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -14,6 +13,7 @@ from distloop.errors import RankDiedError
 from distloop.transports.base import Transport, Work
 
 Result = TypeVar("Result")
+Channel = tuple[int, int, int]  # source, destination, tag
 
 
 class _Sent:
@@ -22,13 +22,13 @@ class _Sent:
 
 
 class _Receiving:
-    def __init__(self, cluster: ThreadCluster, key: tuple[int, int, int], into: Tensor):
-        self._cluster, self._key, self._into = cluster, key, into
+    def __init__(self, cluster: ThreadCluster, ticket: tuple[Channel, int], into: Tensor):
+        self._cluster, self._ticket, self._into = cluster, ticket, into
 
     def wait(self) -> None:
-        message = self._cluster.take(self._key)
+        message = self._cluster.take(self._ticket)
         if message.shape != self._into.shape or message.dtype != self._into.dtype:
-            source, to, _ = self._key
+            (source, to, _), _ = self._ticket
             raise RuntimeError(
                 f"rank {to} expected {tuple(self._into.shape)} {self._into.dtype} from rank {source}, "
                 f"which sent {tuple(message.shape)} {message.dtype}"
@@ -47,31 +47,41 @@ class ThreadTransport(Transport):
         return _Sent()
 
     def irecv(self, tensor: Tensor, source: int, tag: int = 0) -> Work:
-        return _Receiving(self.cluster, (source, self.rank, tag), tensor)
+        return _Receiving(self.cluster, self.cluster.post((source, self.rank, tag)), tensor)
 
 
 class ThreadCluster:
-    """Message queues for ``size`` ranks that are threads of this process."""
+    """Messages between ``size`` ranks that are threads of this process."""
 
     def __init__(self, size: int, timeout: float = 60.0):
         self.size, self.timeout = size, timeout
-        self._lock = threading.Lock()
-        self._queues: defaultdict[tuple[int, int, int], queue.SimpleQueue[Tensor]] = defaultdict(queue.SimpleQueue)
-        self._failed = threading.Event()
+        self._changed = threading.Condition()
+        self._messages: dict[tuple[Channel, int], Tensor] = {}
+        # The n-th receive posted on a channel gets the n-th message sent on it, in whatever order they are waited for.
+        self._sent: Counter[Channel] = Counter()
+        self._posted: Counter[Channel] = Counter()
+        self._failed = False
 
-    def put(self, key: tuple[int, int, int], message: Tensor) -> None:
-        self._queue(key).put(message)
+    def put(self, channel: Channel, message: Tensor) -> None:
+        with self._changed:
+            self._messages[channel, self._sent[channel]] = message
+            self._sent[channel] += 1
+            self._changed.notify_all()
 
-    def take(self, key: tuple[int, int, int]) -> Tensor:
-        source, to, tag = key
-        messages = self._queue(key)
-        # Wake up now and then to see whether a rank failed: a queue has no other way to learn it.
-        for _ in range(max(1, int(self.timeout / 0.05))):
-            try:
-                return messages.get(timeout=0.05)
-            except queue.Empty:
-                if self._failed.is_set():
-                    raise RankDiedError(f"rank {to} stopped waiting for rank {source}: a rank failed") from None
+    def post(self, channel: Channel) -> tuple[Channel, int]:
+        with self._changed:
+            ticket = channel, self._posted[channel]
+            self._posted[channel] += 1
+            return ticket
+
+    def take(self, ticket: tuple[Channel, int]) -> Tensor:
+        (source, to, tag), _ = ticket
+        with self._changed:
+            in_time = self._changed.wait_for(lambda: ticket in self._messages or self._failed, self.timeout)
+            if ticket in self._messages:
+                return self._messages.pop(ticket)
+        if in_time:
+            raise RankDiedError(f"rank {to} stopped waiting for rank {source}: a rank failed")
         raise TimeoutError(f"rank {to} heard nothing from rank {source} (tag {tag}) for {self.timeout} s")
 
     def run(self, function: Callable[[ThreadTransport], Result]) -> list[Result]:
@@ -83,9 +93,10 @@ class ThreadCluster:
             try:
                 results[rank] = function(ThreadTransport(self, rank))
             except BaseException as failure:
-                with self._lock:
+                with self._changed:
                     failures.append(failure)
-                self._failed.set()
+                    self._failed = True
+                    self._changed.notify_all()
 
         threads = [threading.Thread(target=main, args=(rank,), name=f"rank {rank}") for rank in range(self.size)]
         for thread in threads:
@@ -95,7 +106,3 @@ class ThreadCluster:
         if failures:
             raise failures[0]
         return [results[rank] for rank in range(self.size)]
-
-    def _queue(self, key: tuple[int, int, int]) -> queue.SimpleQueue[Tensor]:
-        with self._lock:
-            return self._queues[key]

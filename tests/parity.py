@@ -1,0 +1,313 @@
+"""The test that matters: distloop against a few lines of plain PyTorch that see the whole global batch at once.
+
+A case says what is trained and how; ``trained_by_distloop`` trains it as one rank of many, ``trained_plainly`` in one process.
+Both return every gradient that was applied and the final parameters.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distloop import optimizer as optimizers
+from distloop.data import Batches, Plan, permutation
+from distloop.learner import Learner, trained_parameters
+from distloop.loop import train
+from distloop.schedules import Constant
+from distloop.strategies import Options, make
+from distloop.transforms import ClipByNorm, ClipByValue, Collected, LossScale, Stream, Total, Transform
+from distloop.transports import Transport
+from distloop.world import World
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained: small enough to run hundreds of times."""
+
+    task: str = "classifier"
+    strategy: str = "naive"
+    samples: int = 23
+    global_batch_size: int = 8
+    micro_batch_size: int | None = None
+    epochs: int = 2
+    clip_norm: float | None = None
+    clip_value: float | None = None
+    loss_scale: float | None = None
+    rule: str = "sgd"
+    dtype: torch.dtype = torch.float64
+    bucket_mb: float | None = 1e-4  # about a hundred bytes: several buckets even here
+    lengths: tuple[int, ...] = ()  # of the token task's samples
+    seed: int = 3
+    unused: bool = False
+
+
+@dataclass
+class Outcome:
+    """What was applied, step by step and learner by learner, and where it ended."""
+
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    seen: list[list[int]] = field(default_factory=list)  # sample numbers by epoch
+
+
+# -- tasks: each a mapping of objectives over batches (numbers, inputs, targets) ----------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype, spare: bool = False):
+        super().__init__()
+        self.first, self.second = nn.Linear(inputs, 7, dtype=dtype), nn.Linear(7, outputs, dtype=dtype)
+        if spare:
+            self.spare = nn.Linear(3, 2, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+class Classifier:
+    def __init__(self, case: Case):
+        self.model = Net(5, 3, case.dtype, spare=case.unused)
+
+    def guess(self, batch: Any) -> Tensor:
+        return self.model(batch[1])
+
+    def targets(self, batch: Any) -> Tensor:
+        return batch[2]
+
+    def loss(self, guesses: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(guesses, targets)
+
+
+class Tokens(Classifier):
+    """A mean over the valid tokens of samples of different lengths; some samples may have none."""
+
+    def guess(self, batch: Any) -> Tensor:
+        return self.model(batch[1].unflatten(1, (4, 5)))
+
+    def loss(self, guesses: Tensor, targets: Tensor) -> Tensor:
+        summed = F.cross_entropy(guesses.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+        return summed / max(1, int((targets != -100).sum()))
+
+    def weight(self, batch: Any) -> float:
+        return float((batch[2] != -100).sum())
+
+
+class Discriminator:
+    def __init__(self, case: Case, generator: nn.Module):
+        self.model, self.generator = Net(5, 1, case.dtype), generator
+
+    def guess(self, batch: Any) -> Tensor:
+        with torch.no_grad():
+            fake = self.generator(batch[1][:, :4])
+        return self.model(torch.cat([batch[1], fake]))[:, 0]
+
+    def targets(self, batch: Any) -> Tensor:
+        half = torch.ones(len(batch[1]), dtype=batch[1].dtype)
+        return torch.cat([half, 0 * half])
+
+    def loss(self, guesses: Tensor, targets: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(guesses, targets)
+
+
+class Generator:
+    """Its loss runs through the discriminator, whose parameters must not collect a gradient from it."""
+
+    def __init__(self, case: Case, discriminator: nn.Module, model: nn.Module):
+        self.model, self.discriminator = model, discriminator
+
+    def guess(self, batch: Any) -> Tensor:
+        return self.discriminator(self.model(batch[1][:, :4]))[:, 0]
+
+    def targets(self, batch: Any) -> Tensor:
+        return torch.ones(len(batch[1]), dtype=batch[1].dtype)
+
+    def loss(self, guesses: Tensor, targets: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(guesses, targets)
+
+
+_ONE_GENERATOR = threading.Lock()  # ranks that are threads share torch's
+
+
+def make_objectives(case: Case) -> dict[str, Any]:
+    with _ONE_GENERATOR:
+        torch.manual_seed(case.seed)
+        return _make_objectives(case)
+
+
+def _make_objectives(case: Case) -> dict[str, Any]:
+    if case.task == "classifier":
+        return {"classifier": Classifier(case)}
+    if case.task == "tokens":
+        return {"tokens": Tokens(case)}
+    generating = Net(4, 5, case.dtype)
+    discriminator = Discriminator(case, generating)
+    return {"discriminator": discriminator, "generator": Generator(case, discriminator.model, generating)}
+
+
+def make_data(case: Case) -> torch.utils.data.TensorDataset:
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    n = case.samples
+    numbers = torch.arange(n)
+    if case.task != "tokens":
+        inputs = torch.randn(n, 5, generator=generator, dtype=case.dtype)
+        return torch.utils.data.TensorDataset(numbers, inputs, torch.randint(3, (n,), generator=generator))
+    inputs = torch.randn(n, 20, generator=generator, dtype=case.dtype)
+    targets = torch.randint(3, (n, 4), generator=generator)
+    lengths = torch.tensor([(case.lengths or (4, 1, 2, 0, 3))[i % len(case.lengths or "12345")] for i in range(n)])
+    targets[torch.arange(4) >= lengths[:, None]] = -100
+    return torch.utils.data.TensorDataset(numbers, inputs, targets)
+
+
+# -- distloop -----------------------------------------------------------------------------------------------------------
+
+
+class Spy(Transform):
+    """Keeps what is about to be applied."""
+
+    def __init__(self, outcome: Outcome, names: Sequence[Sequence[str]]):
+        self.outcome, self.names = outcome, names
+
+    def __call__(self, stream: Stream, total: Total) -> Stream:
+        held = [(i, Collected(collected.settle())) for i, collected in stream]
+        if held:
+            self.outcome.gradients.append(
+                {
+                    name: g.detach().clone().view(-1)
+                    for i, c in held
+                    for name, g in zip(self.names[i], c.gradients, strict=True)
+                }
+            )
+        yield from held
+
+
+def trained_by_distloop(transport: Transport, case: Case, plant: Mapping[str, Any] | None = None) -> Outcome:
+    """Train ``case`` as rank ``transport.rank``; ``plant`` replaces parts by broken ones (see test_planted_bugs)."""
+    plant = plant or {}
+    outcome = Outcome()
+    objectives = make_objectives(case)
+    learners = [_learner(name, o, transport, case, outcome, plant) for name, o in objectives.items()]
+    weighers = {name: o.weight for name, o in objectives.items() if hasattr(o, "weight")}
+    batches = plant.get("batches", Batches)(
+        make_data(case),
+        Plan(case.samples, case.global_batch_size, case.micro_batch_size),
+        seed=case.seed,
+        weighers=weighers,
+        transport=transport,
+    )
+    world = World(transport.rank, transport.size, transport.rank, transport.size)
+    watched = Watched(batches, outcome)
+    for _ in train(watched, learners, range(case.epochs), world):
+        pass
+    for name, o in objectives.items():
+        outcome.parameters |= {f"{name}.{k}": p.detach().clone() for k, p in o.model.named_parameters()}
+    return outcome
+
+
+def _learner(
+    name: str, objective: Any, transport: Transport, case: Case, outcome: Outcome, plant: Mapping[str, Any]
+) -> Learner:
+    parameters = trained_parameters(name, objective.model)
+    options = Options(case.bucket_mb, "zeros" if case.unused else "refuse")
+    strategy = plant.get("make", make)(case.strategy, parameters, transport, options)
+    names = [[f"{name}.{segment.name}" for segment in shard] for shard in strategy.shards]
+    chain: list[Transform] = []
+    if case.loss_scale is not None:
+        chain.append(LossScale(case.loss_scale))
+    if case.clip_norm is not None:
+        chain.append(plant.get("clip", ClipByNorm)(case.clip_norm))
+    if case.clip_value is not None:
+        chain.append(ClipByValue(case.clip_value))
+    rules = {"sgd": optimizers.SGD(0.9), "adamw": optimizers.Adam(decoupled=True)}
+    rule = optimizers.Optimizer(rules[case.rule], strategy.shards, {n: 0.01 for n in parameters})
+    return Learner(
+        name,
+        objective,
+        strategy,
+        rule,
+        lr=0.05,
+        schedule=Constant(),
+        transforms=[*chain, Spy(outcome, names)],
+        unused="zeros" if case.unused else "refuse",
+    )
+
+
+class Watched:
+    """A task that notes which samples its rank is given."""
+
+    def __init__(self, batches: Batches, outcome: Outcome):
+        self.batches, self.outcome = batches, outcome
+
+    def collect(self, epoch: int) -> Watched:
+        self.outcome.seen.append([])
+        return self
+
+    def extract(self, epoch: int, world: World) -> Iterator[Any]:
+        for minibatch in self.batches.extract(epoch, world):
+            for micro_batch in minibatch:
+                if micro_batch.batch is not None:
+                    self.outcome.seen[-1] += micro_batch.batch[0].tolist()
+            yield minibatch
+
+
+# -- the law ------------------------------------------------------------------------------------------------------------
+
+
+def trained_plainly(case: Case) -> Outcome:
+    """Train ``case`` by hand, on whole global batches."""
+    outcome, objectives, data = Outcome(), make_objectives(case), make_data(case)
+    classes = {
+        "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01),
+        "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.01),
+    }
+    hands = {name: classes[case.rule](list(o.model.parameters())) for name, o in objectives.items()}
+    for epoch, start in itertools.product(range(case.epochs), range(0, case.samples, case.global_batch_size)):
+        order = permutation(case.seed, epoch, case.samples)[start : start + case.global_batch_size]
+        batch = [t[order] for t in data.tensors]
+        for name, o in objectives.items():
+            for other in objectives.values():
+                other.model.zero_grad()
+            o.loss(o.guess(batch), o.targets(batch)).backward()
+            named = {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in o.model.named_parameters()}
+            for k, p in o.model.named_parameters():
+                p.grad = named[k]
+            if case.clip_norm is not None:
+                nn.utils.clip_grad_norm_(o.model.parameters(), case.clip_norm)
+            if case.clip_value is not None:
+                nn.utils.clip_grad_value_(o.model.parameters(), case.clip_value)
+            outcome.gradients.append(
+                {f"{name}.{k}": p.grad.clone().view(-1) for k, p in o.model.named_parameters() if p.grad is not None}
+            )
+            hands[name].step()
+    for name, o in objectives.items():
+        outcome.parameters |= {f"{name}.{k}": p.detach().clone() for k, p in o.model.named_parameters()}
+    return outcome
+
+
+def difference(one: Outcome, other: Outcome) -> float:
+    """Return the largest relative difference: of the gradients at any step, and of the final parameters."""
+    assert len(one.gradients) == len(other.gradients), (len(one.gradients), len(other.gradients))
+    pairs = [*zip(one.gradients, other.gradients, strict=True), (one.parameters, other.parameters)]
+    return max(_relative(a, b) for a, b in pairs)
+
+
+def _relative(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    x, y = (torch.cat([d[k].flatten().double() for k in sorted(d)]) for d in (a, b))
+    return float((x - y).norm() / y.norm().clamp(min=1e-30))
+
+
+def tolerance(case: Case) -> float:
+    """Return what the contract allows: 1e-12 in double precision, 1e-6 in single."""
+    return 1e-12 if case.dtype == torch.float64 else 1e-6
+
+
+def run_cases(transport: Transport, cases: Sequence[Case]) -> list[Outcome]:
+    """Train several cases in one process group."""
+    return [trained_by_distloop(transport, case) for case in cases]

@@ -1,0 +1,101 @@
+"""The contract: the applied gradient is that of the global batch, however it is split; every sample once per epoch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.parity import Case, difference, run_cases, tolerance, trained_by_distloop, trained_plainly
+from tests.ranks import in_processes, in_threads
+
+WORLDS = [1, 2, 3, 4]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Any task, split in any way: fewer samples than ranks, primes, tails, samples without a token."""
+    global_batch_size = draw(st.integers(1, 12))
+    return Case(
+        task=draw(st.sampled_from(["classifier", "tokens", "gan"])),
+        samples=draw(st.sampled_from([1, 2, 3, 5, 7, 8, 12, 13, 23])),
+        global_batch_size=global_batch_size,
+        micro_batch_size=draw(st.none() | st.integers(1, global_batch_size)),
+        clip_norm=draw(st.sampled_from([None, None, 0.1])),
+        dtype=draw(st.sampled_from([torch.float64, torch.float64, torch.float32])),
+        lengths=tuple(draw(st.lists(st.integers(0, 4), min_size=3, max_size=7))),
+        seed=draw(st.integers(0, 1000)),
+        epochs=1,
+    )
+
+
+@given(cases(), st.sampled_from(WORLDS))
+def test_the_applied_gradient_is_that_of_the_global_batch(case: Case, size: int) -> None:
+    if case.task == "tokens" and not any(case.lengths):
+        case = replace(case, lengths=(*case.lengths, 1))
+    outcomes = in_threads(size, trained_by_distloop, case)
+    expected = trained_plainly(case)
+    for outcome in outcomes:
+        assert difference(outcome, expected) <= tolerance(case)
+    for epoch in range(case.epochs):
+        seen = Counter(number for outcome in outcomes for number in outcome.seen[epoch])
+        assert seen == Counter(range(case.samples))
+
+
+def grid(strategy: str) -> list[Case]:
+    """Return every task x accumulation x clipping x scale x optimizer that is worth a process."""
+    base = Case(strategy=strategy)
+    return [
+        replace(base, task=task, micro_batch_size=micro, clip_norm=norm, clip_value=value, loss_scale=scale, rule=rule)
+        for task in ("classifier", "tokens", "gan")
+        for micro, norm, value, scale, rule in [
+            (None, None, None, None, "sgd"),
+            (1, None, None, None, "sgd"),
+            (3, 0.1, None, None, "sgd"),
+            (2, None, 0.01, None, "adamw"),
+            (3, 0.1, 0.02, 1024.0, "adamw"),
+            (None, 0.1, None, 1024.0, "sgd"),
+        ]
+    ]
+
+
+def assert_parity(size: int, grids: list[Case], outcomes: list[list]) -> None:  # type: ignore[type-arg]
+    for i, case in enumerate(grids):
+        expected = trained_plainly(case)
+        for rank in range(size):
+            error = difference(outcomes[rank][i], expected)
+            assert error <= tolerance(case), f"rank {rank} of {size} is off by {error:.1e}: {case}"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+def test_parity_in_threads(size: int) -> None:
+    cases = grid("naive")
+    cases += [replace(case, dtype=torch.float32) for case in cases[::3]]
+    assert_parity(size, cases, in_threads(size, run_cases, cases))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "naive"])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_parity_in_gloo_processes(strategy: str, size: int) -> None:
+    cases = grid(strategy)
+    cases += [replace(case, dtype=torch.float32) for case in cases[::4]]
+    assert_parity(size, cases, in_processes(size, run_cases, cases))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "naive"])
+def test_parameters_that_no_loss_reaches_get_zeros_if_asked_for(strategy: str) -> None:
+    case = Case(strategy=strategy, unused=True, micro_batch_size=3)
+    outcomes = in_processes(2, trained_by_distloop, case)
+    expected = trained_plainly(case)
+    assert max(difference(outcome, expected) for outcome in outcomes) <= tolerance(case)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "naive"])
+def test_more_ranks_than_samples(strategy: str) -> None:
+    case = Case(strategy=strategy, samples=2, global_batch_size=8)
+    outcomes = in_processes(4, trained_by_distloop, case)
+    assert max(difference(outcome, trained_plainly(case)) for outcome in outcomes) <= tolerance(case)
