@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import tee
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -186,32 +187,29 @@ class Batches:
     def _assemble(self, epoch: int, world: World) -> Iterator[Minibatch]:
         plan = self.plan
         order = permutation(self.seed, epoch, plan.samples) if self.shuffle else torch.arange(plan.samples)
-        read = self._reader(order, epoch, world)
-        for step in range(plan.steps):
-            cuts = plan.micro_batches(step, world.rank, world.size)
-            last = len(cuts) - 1
-            samples = len(plan.batch(step))
-            held = [MicroBatch(read(cut), len(cut) / samples, i == last) for i, cut in enumerate(cuts)]
+        # The reader runs ahead of the steps, so that it can read for several of them at once.
+        ahead, cuts_by_step = tee(plan.micro_batches(step, world.rank, world.size) for step in range(plan.steps))
+        batches = self._read((order[cut.start : cut.stop] for cuts in ahead for cut in cuts), epoch, world)
+        for step, cuts in enumerate(cuts_by_step):
+            last, samples = len(cuts) - 1, len(plan.batch(step))
+            held = [MicroBatch(self._place(next(batches)), len(cut) / samples, i == last) for i, cut in enumerate(cuts)]
             place = Place(step, samples, step == plan.steps - 1)
             yield Minibatch(place, held or [MicroBatch(None, 0.0, True)])
 
-    def _reader(self, order: Tensor, epoch: int, world: World) -> Callable[[range], Any]:
-        """Return what reads the samples at a range of positions; worker processes rely on being asked in order."""
+    def _read(self, indices: Iterator[Tensor], epoch: int, world: World) -> Iterator[Any]:
+        """Yield the batch of each index tensor."""
         loading = self._loading
         if loading.workers == 0:
-            return lambda cut: self._place(self._fetch(order[cut.start : cut.stop]))
-        steps = range(self.plan.steps)
-        cuts = [cut for step in steps for cut in self.plan.micro_batches(step, world.rank, world.size)]
-        loaded = loader_batches(
+            return self._fetch.all(indices)
+        return loader_batches(
             self._fetch,
-            [order[cut.start : cut.stop] for cut in cuts],
+            list(indices),
             seed=derive_seed("loader", self.seed, epoch, world.rank),
             workers=loading.workers,
             prefetch=loading.prefetch,
             pin_memory=loading.pin_memory,
             timeout=loading.timeout,
         )
-        return lambda cut: self._place(next(loaded))
 
     def _weigh(self, minibatch: Minibatch) -> Rows:
         """Note what each micro-batch weighs, and start summing that over ranks."""

@@ -39,6 +39,7 @@ class Objective(Protocol):
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _FULL_PRECISION = nullcontext()
+NOTHING = object()  # the guess of a rank that has nothing to learn from
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
@@ -105,16 +106,16 @@ class Learner:
         return self._clip.norm if self._clip else None
 
     def guess(self, micro_batch: MicroBatch) -> Any:
-        if micro_batch.batch is None:
-            return None
+        if self._idle(micro_batch):
+            return NOTHING
         with self._autocast():
             return self.objective.guess(micro_batch.batch)
 
     def targets(self, micro_batch: MicroBatch) -> Any:
-        return None if micro_batch.batch is None else self.objective.targets(micro_batch.batch)
+        return NOTHING if self._idle(micro_batch) else self.objective.targets(micro_batch.batch)
 
     def loss(self, guesses: Any, targets: Any) -> Tensor:
-        if guesses is None:  # this rank has no samples in this step, yet the others count on it
+        if guesses is NOTHING:  # the other ranks count on this one's turn all the same
             return self.strategy.null_loss()
         with self._autocast():
             return self.objective.loss(guesses, targets)
@@ -123,7 +124,7 @@ class Learner:
         """Add the gradient of ``loss``, weighted by the micro-batch's share of the global batch."""
         share = micro_batch.share(self.name)
         if self._check is not None:
-            self._check.before_backward(loss, micro_batch)
+            self._check.before_backward(loss, idle=share == 0.0)
         self.losses.append((share, loss.detach()))
         weight = share if self._loss_scale is None else share * self._loss_scale.scale
         self.strategy.backward(loss, weight, final=micro_batch.final)
@@ -163,6 +164,10 @@ class Learner:
             else:
                 transport.broadcast(buffer)
 
+    def _idle(self, micro_batch: MicroBatch) -> bool:
+        """Return whether there is nothing to learn from: no sample, or none that weighs anything (a mean over no tokens)."""
+        return micro_batch.share(self.name) == 0.0
+
     def _autocast(self) -> AbstractContextManager[Any]:
         return autocast(self._device, self._precision)
 
@@ -190,9 +195,9 @@ class UnusedCheck:
             for name, p in learner.strategy.parameters.items()
         ]
 
-    def before_backward(self, loss: Any, micro_batch: MicroBatch) -> None:
+    def before_backward(self, loss: Any, *, idle: bool) -> None:
         """Raise a ConfigError if ``loss`` cannot be differentiated."""
-        self._idle = micro_batch.batch is None
+        self._idle = idle
         where = f"objective {self._name!r}: loss(guesses, targets)"
         if not isinstance(loss, Tensor):
             raise ConfigError(f"{where} returned a {type(loss).__name__}; it must return a scalar tensor")

@@ -16,6 +16,9 @@ from distloop.loop import Update
 from distloop.transports import Transport
 
 
+REMEDY = "a smaller optimizer.lr, schedule.warmup_steps or gradients.clip_norm may help"
+
+
 class Ledger:
     """Keeps each turn's losses where they were computed, and sums them over ranks when a log line is due.
 
@@ -56,18 +59,18 @@ class Ledger:
         turns, self._turns = self._turns, []
         by_rank = self._transport.all_gather(_local_losses([update for update, _ in turns])).wait()
         first_step = self._steps - len(turns) // len(self._learners)
-        per_learner: dict[str, list[float]] = {learner.name: [] for learner in self._learners}
-        for i, (update, applied) in enumerate(turns):
-            if applied:
+        losses: dict[str, list[float]] = {learner.name: [] for learner in self._learners}
+        for i, ((update, applied), loss) in enumerate(zip(turns, by_rank.sum(0).tolist(), strict=True)):
+            if applied:  # what an overflow prevented is neither a loss to report nor a reason to stop
                 name = update.learner.name
-                self._check(name, first_step + i // len(self._learners) + 1, by_rank[:, i])
-                per_learner[name].append(float(by_rank[:, i].sum()))
+                self._check(name, loss, first_step + i // len(self._learners) + 1, by_rank[:, i])
+                losses[name].append(loss)
         now = time.monotonic()
         rate = self._samples / max(now - self._since, 1e-9)
         self._samples, self._since = 0, now
         values: dict[str, Any] = {}
         for learner in self._learners:
-            values |= self._values(learner, per_learner[learner.name])
+            values |= self._values(learner, losses[learner.name])
         return values | {"samples_per_second": rate}
 
     def _values(self, learner: Learner, losses: list[float]) -> dict[str, Any]:
@@ -83,28 +86,22 @@ class Ledger:
             return values
         return {f"{learner.name}/{key}": value for key, value in values.items()}
 
-    def _check(self, name: str, step: int, by_rank: Tensor) -> None:
-        loss = float(by_rank.sum())
+    def _check(self, name: str, loss: float, step: int, by_rank: Tensor) -> None:
+        first = self._first.setdefault(name, abs(loss))
+        limit = math.inf if self._explosion is None else self._explosion * max(first, 1.0)
+        if abs(loss) <= limit and math.isfinite(loss):
+            return
         where = f"step {step}, learner {name!r}"
         if not math.isfinite(loss):
             ranks = (~by_rank.isfinite()).nonzero().flatten().tolist()
-            raise NonFiniteError(
-                f"the loss became {loss} at {where}, first on rank {ranks[0] if ranks else 0}; a smaller optimizer.lr, "
-                "schedule.warmup_steps or gradients.clip_norm may help"
-            )
-        first = self._first.setdefault(name, abs(loss))
-        if self._explosion is not None and abs(loss) > self._explosion * max(first, 1.0):
-            worst = int(by_rank.abs().argmax())
-            raise NonFiniteError(
-                f"the loss exploded to {loss:.4g} at {where} (it began at {first:.4g}; most of it on rank {worst}); a "
-                "smaller optimizer.lr, schedule.warmup_steps or gradients.clip_norm may help"
-            )
+            raise NonFiniteError(f"the loss became {loss} at {where}, on rank {ranks[0] if ranks else 0}; {REMEDY}")
+        raise NonFiniteError(
+            f"the loss exploded to {loss:.4g} at {where} (it began at {first:.4g}; most of it on rank "
+            f"{int(by_rank.abs().argmax())}); {REMEDY}"
+        )
 
 
 def _local_losses(updates: Sequence[Update]) -> Tensor:
     """Return this rank's part of the global loss of each turn, in double precision; one copy from the device."""
-    shares = torch.tensor([share for update in updates for share, _ in update.losses], dtype=torch.float64)
-    losses = torch.stack([loss for update in updates for _, loss in update.losses]).double().cpu()
-    parts = torch.where(shares == 0, 0.0, shares * losses)
-    turn = torch.tensor([i for i, update in enumerate(updates) for _ in update.losses])
-    return torch.zeros(len(updates), dtype=torch.float64).index_add_(0, turn, parts)
+    losses = iter(torch.stack([loss for update in updates for _, loss in update.losses]).double().tolist())
+    return torch.tensor([sum(share * next(losses) for share, _ in u.losses) for u in updates], dtype=torch.float64)

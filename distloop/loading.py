@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from distloop.errors import DataError, DistloopError
+
+
+BLOCK_BATCHES, BLOCK_BYTES = 63, 2**20
 
 
 class Fetch:
@@ -44,6 +48,17 @@ class Fetch:
             raise DataError(
                 f"reading samples {_some(indices)} failed: {type(failure).__name__}: {failure}"
             ) from failure
+
+    def all(self, indices: Iterator[Tensor]) -> Iterator[Any]:
+        """Yield the batch of each index tensor; small batches of tensors are cut from blocks that are read at once."""
+        if self._read != self._index:
+            yield from map(self, indices)
+            return
+        for first in indices:
+            size = sum(t[:1].nbytes for t in self.samples.tensors) * len(first)
+            block = [first, *islice(indices, min(BLOCK_BATCHES, BLOCK_BYTES // max(size, 1)))]
+            sizes = [len(chosen) for chosen in block]
+            yield from zip(*(t.split(sizes) for t in self(torch.cat(block))), strict=True)
 
     def _index(self, indices: Tensor) -> tuple[Tensor, ...]:
         return tuple(t.index_select(0, indices) for t in self.samples.tensors)

@@ -1,9 +1,8 @@
 """A torch optimizer that is handed one shard at a time.
 
-The four optimizers of the textbooks call torch's own functional kernels, fused where torch has them. That is the same
-arithmetic as ``torch.optim``'s classes at a fifth of the Python, and does not import the compiler stack, which building
-any ``torch.optim.Optimizer`` does (0.8 CPU seconds of a process's start). Any other optimizer is used as it
-is, by class.
+The optimizers of the textbooks call torch's own kernels, fused where torch has them: the arithmetic of ``torch.optim``
+without most of its Python, and without the import of the compiler stack that building any ``torch.optim.Optimizer``
+brings (0.8 CPU seconds of a process's start; docs/decisions/0003). Any other optimizer is used as it is, by class.
 """
 
 from __future__ import annotations
@@ -15,9 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 from torch.optim.rmsprop import rmsprop
-from torch.optim.sgd import sgd
 
 from distloop.strategies import Shard
 from distloop.transforms import Collected
@@ -25,7 +22,7 @@ from distloop.transforms import Collected
 
 @dataclass
 class Group:
-    """The segments of a shard that share a weight decay, with the optimizer's state for them."""
+    """The segments of a shard that share weight decay, dtype and device, with the optimizer's state for them."""
 
     indices: list[int]
     values: list[Tensor]
@@ -65,21 +62,17 @@ class SGD(Rule):
     folds = True
 
     def update(self, group: Group, gradients: list[Tensor], lr: float, divisor: Tensor | None) -> None:
-        momenta: list[Tensor | None] = [None] * len(gradients)
-        if self.momentum:
-            momenta = list(group.buffers("momentum_buffer"))  # zero is where an undamped momentum starts
-        sgd(
+        torch._fused_sgd_(
             group.values,
             gradients,
-            momenta,
+            group.buffers("momentum_buffer") if self.momentum else [],  # zero is where an undamped momentum starts
             weight_decay=group.weight_decay,
             momentum=self.momentum,
             lr=lr,
             dampening=0.0,
             nesterov=self.nesterov,
             maximize=False,
-            has_sparse_grad=False,
-            fused=True,
+            is_first_step=False,
             grad_scale=divisor,
         )
 
@@ -94,23 +87,24 @@ class Adam(Rule):
     folds = True
 
     def update(self, group: Group, gradients: list[Tensor], lr: float, divisor: Tensor | None) -> None:
-        adam(
+        counters = group.counters()
+        torch._foreach_add_(counters, 1.0)
+        kernel = torch._fused_adamw_ if self.decoupled else torch._fused_adam_
+        kernel(
             group.values,
             gradients,
             group.buffers("exp_avg"),
             group.buffers("exp_avg_sq"),
             [],
-            group.counters(),
-            fused=True,
-            grad_scale=divisor,
-            amsgrad=False,
+            counters,
+            lr=lr,
             beta1=self.betas[0],
             beta2=self.betas[1],
-            lr=lr,
             weight_decay=group.weight_decay,
             eps=self.eps,
+            amsgrad=False,
             maximize=False,
-            decoupled_weight_decay=self.decoupled,
+            grad_scale=divisor,
         )
 
 
@@ -165,16 +159,16 @@ class Torch(Rule):
 
 
 class OptimizerShard:
-    """A shard as the optimizer sees it: its segments by weight decay."""
+    """A shard as the optimizer sees it: its segments in groups that one kernel call can update."""
 
     def __init__(self, shard: Shard, decays: Mapping[str, float]):
-        by_decay: dict[float, Group] = {}
+        groups: dict[tuple[float, torch.dtype, torch.device], Group] = {}
         for index, segment in enumerate(shard):
-            decay = decays[segment.name]
-            group = by_decay.setdefault(decay, Group([], [], decay))
+            values, decay = segment.values, decays[segment.name]
+            group = groups.setdefault((decay, values.dtype, values.device), Group([], [], decay))
             group.indices.append(index)
-            group.values.append(segment.values)
-        self.groups = list(by_decay.values())
+            group.values.append(values)
+        self.groups = list(groups.values())
 
 
 class Optimizer:
@@ -191,7 +185,6 @@ class Optimizer:
         self.shards = [OptimizerShard(shard, decays) for shard in shards]
         self.lr = 0.0  # set before each step by the schedule
 
-    @torch.no_grad()
     def apply(self, collected: Collected, shard: OptimizerShard) -> None:
         """Update the values of ``shard`` by its ``collected`` gradients."""
         divisor = collected.divisor

@@ -92,8 +92,7 @@ class Tokens(Classifier):
         return self.model(batch[1].unflatten(1, (4, 5)))
 
     def loss(self, guesses: Tensor, targets: Tensor) -> Tensor:
-        summed = F.cross_entropy(guesses.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-        return summed / max(1, int((targets != -100).sum()))
+        return F.cross_entropy(guesses.flatten(0, 1), targets.flatten(), ignore_index=-100)  # NaN if there is no token
 
     def weight(self, batch: Any) -> float:
         return float((batch[2] != -100).sum())
@@ -273,7 +272,9 @@ def trained_plainly(case: Case) -> Outcome:
         for name, o in objectives.items():
             for other in objectives.values():
                 other.model.zero_grad()
-            o.loss(o.guess(batch), o.targets(batch)).backward()
+            loss = o.loss(o.guess(batch), o.targets(batch))
+            if loss.isfinite():  # else there was no token in the whole global batch
+                loss.backward()
             named = {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in o.model.named_parameters()}
             for k, p in o.model.named_parameters():
                 p.grad = named[k]

@@ -44,7 +44,7 @@ class Console:
             self._bar.stop()
             self._summary(record.values)
         else:
-            self._console.print(Text(line(record, self._total), style="bold" if record.kind == "evaluate" else ""))
+            self._line(line(record, self._total), bold=record.kind == "evaluate")
 
     def advance(self, step: int) -> None:
         """Move the bar, at most ten times a second."""
@@ -53,6 +53,12 @@ class Console:
             self._refreshed = now
             self._bar.update(self._bar_task, completed=step)
             self._bar.refresh()
+
+    def _line(self, text: str, *, bold: bool) -> None:
+        if self._console.is_terminal:
+            self._console.print(Text(text, style="bold" if bold else ""))
+        else:
+            print(text, flush=True)  # a rich line costs as much as ten steps of a small model
 
     def _facts(self, facts: Mapping[str, Any]) -> None:
         table = Table.grid(padding=(0, 2))
