@@ -1,13 +1,15 @@
-"""What the loop costs: distloop against a bare hand-written loop with the same model, data, order, optimizer and logging.
+"""What the loop costs: distloop against a bare hand-written loop.
+
+Both have the same model, data, order of samples, optimizer and logging.
 
     python benchmarks/loop_overhead.py            # all of it, a few minutes
     python benchmarks/loop_overhead.py --quick    # fewer rounds, to see whether it works
 
-Each side of each row is a fresh process (two for two ranks); sides take turns, round after round, on the same machine. A row's
-figure is the median over rounds of the ratio of neighbouring runs. Losses must be equal, or there is no figure.
+Each side of each row is a fresh process (two for two ranks); sides take turns, round after round, on the same machine.
+A row's figure is the median over rounds of the ratio of neighbouring runs. Losses must be equal, or there is no figure.
 
-Columns: CPU time per step (all threads, without start-up) and wall time per step, both as distloop over bare; start-up is from
-process start to the end of the first step, as wall and as CPU time.
+Columns: CPU time per step (all threads, without start-up) and wall time per step, both as distloop over bare; start-up
+is from process start to the end of the first step, as wall and as CPU time.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ ROWS = [
 ]
 
 
-# -- the workloads: each returns model, loss function, inputs, targets, samples per rank and step -----------------------
+# -- the workloads: each returns model, loss function, inputs, targets, samples per rank and step --------------------
 
 
 def tiny() -> tuple[Any, Any, Any, Any, int]:
@@ -154,7 +156,7 @@ def bare(row: Row, rank: int, directory: Path) -> dict[str, Any]:
 
 
 class SameOrder:
-    """The batches that distloop makes, as lists of indices. Epochs are cut so that every rank has equally many samples."""
+    """The batches that distloop makes, as lists of indices; epochs are cut so that ranks have equally many samples."""
 
     def __init__(self, samples: int, per_rank: int, rank: int, ranks: int):
         self.samples = samples - samples % (per_rank * ranks)
@@ -208,7 +210,7 @@ def with_distloop(row: Row, rank: int, directory: Path) -> dict[str, Any]:
 SIDES = {"bare": bare, "distloop": with_distloop}
 
 
-# -- the harness --------------------------------------------------------------------------------------------------------
+# -- the harness -----------------------------------------------------------------------------------------------------
 
 
 def child(side: str, row: Row) -> None:
@@ -269,15 +271,16 @@ def measure(row: Row) -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> str:
     """Return the results as the table that the documents quote."""
     lines = [
-        "| workload | ranks | strategy | bare, ms CPU/step | distloop, ms CPU/step | CPU ratio (least-most) | wall ratio "
-        "| start-up, CPU ratio | start-up, wall ratio |",
+        "| workload | ranks | strategy | bare, ms CPU/step | distloop, ms CPU/step | CPU ratio (least-most) "
+        "| wall ratio | start-up, CPU ratio | start-up, wall ratio |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
         row, cpu = r["row"], r["cpu"]
         strategy = row["strategy"] if row["ranks"] > 1 else "-"
         lines.append(
-            f"| {row['workload']} | {row['ranks']} | {strategy} | {1e3 * cpu['bare']:.3f} | {1e3 * cpu['distloop']:.3f} "
+            f"| {row['workload']} | {row['ranks']} | {strategy} "
+            f"| {1e3 * cpu['bare']:.3f} | {1e3 * cpu['distloop']:.3f} "
             f"| **{cpu['ratio']:.2f}** ({cpu['least']:.2f}-{cpu['most']:.2f}) | {r['wall']['ratio']:.2f} "
             f"| {r['start_cpu']['ratio']:.2f} | {r['start_wall']['ratio']:.2f} |"
         )

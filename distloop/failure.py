@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback as traceback_module
 from collections.abc import Callable
 from typing import NoReturn
 
 from distloop.errors import INTERRUPTED, DistloopError, RankDiedError
+
+LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "Timed out waiting",
+    "Timeout waiting",
+)
 
 
 def guarded(work: Callable[[], int], *, traceback: bool = False) -> NoReturn:
@@ -23,6 +33,7 @@ def guarded(work: Callable[[], int], *, traceback: bool = False) -> NoReturn:
     except Exception as failure:
         if (peer := _lost_peer(failure)) is not None:
             _report(peer, show_trace=traceback)
+            time.sleep(0.5)  # let the rank that failed first end first: launchers name that one
             _leave(peer.exit_code)
         _report(failure, show_trace=True)
         _leave(1)
@@ -31,17 +42,10 @@ def guarded(work: Callable[[], int], *, traceback: bool = False) -> NoReturn:
 
 def _lost_peer(failure: BaseException) -> RankDiedError | None:
     """Return what a broken or silent connection means: gloo reports both as a bare RuntimeError."""
-    text = str(failure)
-    signs = (
-        "Connection closed by peer",
-        "Connection reset by peer",
-        "Broken pipe",
-        "Timed out waiting",
-        "Timeout waiting",
-    )
-    if not isinstance(failure, RuntimeError) or not any(sign in text for sign in signs):
+    sign = next((sign for sign in LOST if sign in str(failure)), None)
+    if not isinstance(failure, RuntimeError) or sign is None:
         return None
-    return RankDiedError(f"another rank stopped or cannot be reached: {text.strip().splitlines()[0]}")
+    return RankDiedError(f"another rank ended, or cannot be reached ({sign[0].lower()}{sign[1:]})")
 
 
 def _report(failure: BaseException, *, show_trace: bool) -> None:

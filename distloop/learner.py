@@ -165,7 +165,7 @@ class Learner:
                 transport.broadcast(buffer)
 
     def _idle(self, micro_batch: MicroBatch) -> bool:
-        """Return whether there is nothing to learn from: no sample, or none that weighs anything (a mean over no tokens)."""
+        """Return whether there is nothing to learn from: no sample, or none of any weight (a mean over no tokens)."""
         return micro_batch.share(self.name) == 0.0
 
     def _autocast(self) -> AbstractContextManager[Any]:

@@ -15,7 +15,6 @@ from distloop.learner import Learner
 from distloop.loop import Update
 from distloop.transports import Transport
 
-
 REMEDY = "a smaller optimizer.lr, schedule.warmup_steps or gradients.clip_norm may help"
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from distloop.errors import DataError, DistloopError
 
-
 BLOCK_BATCHES, BLOCK_BYTES = 63, 2**20
 
 
@@ -68,7 +67,13 @@ class Fetch:
         return self._join(batch) if isinstance(batch, list) else batch
 
     def _one_by_one(self, indices: Tensor) -> Any:
-        return self._join([self.samples[i] for i in indices.tolist()])
+        return self._join([self._item(i) for i in indices.tolist()])
+
+    def _item(self, index: int) -> Any:
+        try:
+            return self.samples[index]
+        except Exception as failure:
+            raise DataError(f"reading sample {index} failed: {type(failure).__name__}: {failure}") from failure
 
     def _join(self, items: list[Any]) -> Any:
         if self._collate is None:
@@ -153,7 +158,7 @@ def loader_batches(
             read += 1
     except (RuntimeError, OSError) as failure:
         reason = str(failure).strip().splitlines()[0]
-        raise DataError(f"a data worker failed at samples {_some(batches[read])}: {reason}") from failure
+        raise DataError(f"a data worker failed at or after samples {_some(batches[read])}: {reason}") from failure
 
 
 def _some(indices: Tensor) -> str:

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distloop.errors import ConfigError, nearest
+from distloop.yaml_file import parse_value, read_sections
 
 if TYPE_CHECKING:
     from distloop.config import Config
 
 PREFIX = "DISTLOOP_"
-LARGEST_FILE = 2**20
-DEEPEST = 20
 
 
 @dataclass(frozen=True)
@@ -102,14 +101,19 @@ def resolve(*layers: Settings) -> Resolved:
     return Resolved(config, {dotted: setting.source for dotted, setting in merged.items()})
 
 
-def check_key(dotted: str, source: str) -> tuple[str, str]:
-    """Return the section and the key of a dotted key, or refuse it with the nearest that exists."""
+def check_section(section: str, source: str, dotted: str = "") -> None:
+    """Refuse a section that does not exist, with the nearest that does."""
     from distloop.config import Config
 
     sections = Config.model_fields
-    section, _, key = dotted.partition(".")
     if section not in sections:
-        raise ConfigError(f"{source}: {dotted}: unknown section {section!r}{nearest(section, sections)}")
+        raise ConfigError(f"{source}: {dotted or section}: unknown section {section!r}{nearest(section, sections)}")
+
+
+def check_key(dotted: str, source: str) -> tuple[str, str]:
+    """Return the section and the key of a dotted key, or refuse it with the nearest that exists."""
+    section, _, key = dotted.partition(".")
+    check_section(section, source, dotted)
     if not key:
         raise ConfigError(f"{source}: {section}: is a section; give one of its keys, as in {section}.{_first(section)}")
     if section != "task" and key not in _keys(section):
@@ -118,58 +122,18 @@ def check_key(dotted: str, source: str) -> tuple[str, str]:
 
 
 def from_file(path: Path) -> Settings:
-    """Read a YAML 1.2 file (so 1e-3 is a number, ``no`` and 010 are what they look like, duplicate keys are refused).
+    """Read a YAML file (see :mod:`distloop.yaml_file`).
 
     Raises:
-        ConfigError: it is missing, too large, not YAML, or not sections of keys.
+        ConfigError: it cannot be read, or a section is unknown.
     """
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import MarkedYAMLError, YAMLError
-
-    if not path.is_file():
-        beside = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise ConfigError(f"{path}: there is no such file{nearest(path.name, beside)}")
-    if path.stat().st_size > LARGEST_FILE:
-        raise ConfigError(f"{path}: is larger than {LARGEST_FILE // 2**20} MiB, which no configuration is")
-    try:
-        text = path.read_text(encoding="utf-8")
-        _check_depth(path, text)
-        document = YAML(typ="rt", pure=True).load(text)
-    except MarkedYAMLError as failure:
-        mark = failure.problem_mark
-        where = f"{path}:{mark.line + 1}" if mark is not None else str(path)
-        raise ConfigError(f"{where}: {str(failure.problem or 'is not valid YAML').strip()}") from None
-    except (YAMLError, UnicodeDecodeError, OSError, ValueError, RecursionError) as failure:
-        raise ConfigError(f"{path}: cannot be read as YAML: {str(failure).strip().splitlines()[0]}") from None
-    if document is None:
-        return {}
-    if not isinstance(document, dict):
-        raise ConfigError(f"{path}: must hold sections of keys, not a {type(document).__name__}")
     settings: Settings = {}
-    for section, keys in document.items():
-        where = f"{path}:{_line(document, section)}"
-        if not isinstance(keys, dict):
-            check_key(str(section), where)
-        for key, value in keys.items():
-            settings[f"{section}.{key}"] = Setting(_plain(value), f"{path}:{_line(keys, key)}")
+    for section, keys in read_sections(path).items():
+        if not keys:
+            check_section(section, str(path))
+        for key, (value, line) in keys.items():
+            settings[f"{section}.{key}"] = Setting(value, f"{path}:{line}")
     return settings
-
-
-def _line(mapping: Any, key: Any) -> int:
-    return int(mapping.lc.key(key)[0]) + 1
-
-
-def _check_depth(path: Path, text: str) -> None:
-    """Refuse aliases and deep nesting before a document is built from them: a few lines can stand for gigabytes."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
-
-    depth = 0
-    for event in YAML(typ="rt", pure=True).parse(text):
-        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
-        if isinstance(event, AliasEvent) or depth > DEEPEST:
-            what = "an alias (*name)" if isinstance(event, AliasEvent) else f"nesting deeper than {DEEPEST} levels"
-            raise ConfigError(f"{path}:{event.start_mark.line + 1}: {what} is not allowed in a configuration")
 
 
 def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
@@ -179,7 +143,7 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
     for name, text in env.items():
         if name.startswith(PREFIX) and "__" in name:
             dotted = name[len(PREFIX) :].lower().replace("__", ".", 1)
-            settings[dotted] = Setting(parse(text, name), f"environment {name}")
+            settings[dotted] = Setting(parse_value(text, name), f"environment {name}")
     return settings
 
 
@@ -204,7 +168,7 @@ def from_arguments(arguments: Sequence[str]) -> Settings:
         check_key(dotted, "command line")
         if dotted in settings:
             raise ConfigError(f"command line: --{dotted} is given twice")
-        settings[dotted] = Setting(parse(text, name), f"command line --{dotted}")
+        settings[dotted] = Setting(parse_value(text, name), f"command line --{dotted}")
     return settings
 
 
@@ -213,21 +177,10 @@ def from_mapping(sections: Mapping[str, Any], source: str = "argument") -> Setti
     settings: Settings = {}
     for section, keys in sections.items():
         if not isinstance(keys, Mapping):
-            check_key(section, source)
+            check_section(section, source)
             raise ConfigError(f"{source}: {section}: must be a mapping of keys, not {keys!r}")
         settings |= {f"{section}.{key}": Setting(value, f"{source} {section}") for key, value in keys.items()}
     return settings
-
-
-def parse(text: str, source: str) -> Any:
-    """Return the value that ``text`` would have in a file."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        return YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, ValueError):
-        raise ConfigError(f"{source}: the value {text!r} is not valid YAML; quote it") from None
 
 
 def _keys(section: str) -> list[str]:
@@ -239,18 +192,6 @@ def _keys(section: str) -> list[str]:
 
 def _first(section: str) -> str:
     return _keys(section)[0]
-
-
-def _plain(value: Any) -> Any:
-    """Strip the round-trip loader's own types, which remember comments."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    for kind in (bool, int, float, str):
-        if isinstance(value, kind):
-            return kind(value)
-    return value
 
 
 def _sentences(failure: Any, merged: Settings) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """The test that matters: distloop against a few lines of plain PyTorch that see the whole global batch at once.
 
-A case says what is trained and how; ``trained_by_distloop`` trains it as one rank of many, ``trained_plainly`` in one process.
-Both return every gradient that was applied and the final parameters.
+A case says what is trained and how; ``trained_by_distloop`` trains it as one rank of many, ``trained_plainly`` in one
+process. Both return every gradient that was applied and the final parameters.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Outcome:
     seen: list[list[int]] = field(default_factory=list)  # sample numbers by epoch
 
 
-# -- tasks: each a mapping of objectives over batches (numbers, inputs, targets) ----------------------------------------
+# -- tasks: each a mapping of objectives over batches (numbers, inputs, targets) -------------------------------------
 
 
 class Net(nn.Module):
@@ -164,7 +164,7 @@ def make_data(case: Case) -> torch.utils.data.TensorDataset:
     return torch.utils.data.TensorDataset(numbers, inputs, targets)
 
 
-# -- distloop -----------------------------------------------------------------------------------------------------------
+# -- distloop --------------------------------------------------------------------------------------------------------
 
 
 class Spy(Transform):
@@ -224,7 +224,7 @@ def _learner(
     if case.clip_value is not None:
         chain.append(ClipByValue(case.clip_value))
     rules = {"sgd": optimizers.SGD(0.9), "adamw": optimizers.Adam(decoupled=True)}
-    rule = optimizers.Optimizer(rules[case.rule], strategy.shards, {n: 0.01 for n in parameters})
+    rule = optimizers.Optimizer(rules[case.rule], strategy.shards, dict.fromkeys(parameters, 0.01))
     return Learner(
         name,
         objective,
@@ -255,7 +255,7 @@ class Watched:
             yield minibatch
 
 
-# -- the law ------------------------------------------------------------------------------------------------------------
+# -- the law ---------------------------------------------------------------------------------------------------------
 
 
 def trained_plainly(case: Case) -> Outcome:

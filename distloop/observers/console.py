@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from distloop.observers.text import label, line, number
@@ -61,14 +60,14 @@ class Console:
             print(text, flush=True)  # a rich line costs as much as ten steps of a small model
 
     def _facts(self, facts: Mapping[str, Any]) -> None:
-        table = Table.grid(padding=(0, 2))
         for name, text in facts.items():
-            table.add_row(Text(name, style="dim"), Text(str(text), overflow="fold"))
-        self._console.print(table)
-        self._console.print()
+            self._entry(name, text)
+        print(flush=True)
+
+    def _entry(self, name: str, text: object) -> None:
+        self._console.print(Text(f"{name:<14}", style="dim"), Text(str(text)), sep="")
 
     def _summary(self, result: Mapping[str, Any]) -> None:
-        table = Table.grid(padding=(0, 2))
         rows = {
             "ended": f"{result['reason']}, after {result['steps']} steps ({result['epochs']} epochs)",
             "time": f"{result['seconds']:.1f} s, {result['samples_per_second']:,.0f} samples/s",
@@ -82,7 +81,6 @@ class Console:
         directory = Path(result["directory"])
         names = sorted(file.name for file in directory.iterdir() if not file.name.startswith("."))
         rows["results"] = f"{directory} ({', '.join(names)})"
+        print(flush=True)
         for name, text in rows.items():
-            table.add_row(Text(name, style="dim"), Text(text, overflow="fold"))
-        self._console.print()
-        self._console.print(table)
+            self._entry(name, text)

@@ -31,7 +31,7 @@ def import_object(path: str, what: str) -> Any:
     except SyntaxError as failure:
         raise ConfigError(f"{what}: {failure.filename}:{failure.lineno}: {failure.msg}") from failure
     if not name or not hasattr(module, name):
-        public = [n for n in vars(module) if not n.startswith("_")]
+        public = [n for n, value in vars(module).items() if getattr(value, "__module__", None) == module_name]
         hint = nearest(name, public) if name else "; write it as package.module:Name"
         raise ConfigError(f"{what}: module {module_name!r} has no {name!r}{hint}")
     return getattr(module, name)

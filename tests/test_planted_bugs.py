@@ -1,0 +1,133 @@
+"""The parity test must be able to fail: classic bugs, planted one at a time, are seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distloop.data import Batches, Minibatch
+from distloop.strategies import Options, Parameters, Strategy, make
+from distloop.strategies.all_reduce import BucketedAllReduce
+from distloop.strategies.ddp import DDP
+from distloop.transforms import ClipByNorm, Stream, Total
+from distloop.transports import Transport
+from distloop.world import World
+from tests.parity import Case, Outcome, difference, tolerance, trained_by_distloop, trained_plainly
+from tests.ranks import in_processes, in_threads
+
+
+def off(case: Case, outcomes: list[Outcome]) -> float:
+    return max(difference(outcome, trained_plainly(case)) for outcome in outcomes)
+
+
+def mean_for_sum(name: str, parameters: Parameters, transport: Transport, options: Options) -> Strategy:
+    def all_reduce(transport: Transport, tensor: Tensor) -> None:
+        from distloop.collectives import naive
+
+        naive.all_reduce(transport, tensor)
+        tensor.div_(transport.size)
+
+    return BucketedAllReduce(parameters, transport, options, all_reduce)
+
+
+def last_rank_forgotten(name: str, parameters: Parameters, transport: Transport, options: Options) -> Strategy:
+    def all_reduce(transport: Transport, tensor: Tensor) -> None:
+        from distloop.collectives import naive
+
+        if transport.rank == transport.size - 1:
+            tensor.zero_()
+        naive.all_reduce(transport, tensor)
+
+    return BucketedAllReduce(parameters, transport, options, all_reduce)
+
+
+class LocalNorm(ClipByNorm):
+    """Clips each shard by its own norm."""
+
+    def __call__(self, stream: Stream, total: Total) -> Stream:
+        for one in stream:
+            yield from super().__call__(iter([one]), total)
+
+
+class MeanOfMeans(Batches):
+    """Weighs each rank's samples equally, whatever the tail's size."""
+
+    def extract(self, epoch: int, world: World) -> Iterator[Minibatch]:
+        for minibatch in super().extract(epoch, world):
+            for m in minibatch:
+                m.sample_share = m.sample_share and 1.0 / world.size / len(minibatch.micro_batches)
+            yield minibatch
+
+
+class SamplesForTokens(Batches):
+    """Takes a sample for what the loss is a mean over."""
+
+    def __init__(self, *arguments: Any, weighers: Any = None, **rest: Any):
+        super().__init__(*arguments, **rest)
+
+
+class DropsTail(Batches):
+    """Leaves the smaller last batch out."""
+
+    def extract(self, epoch: int, world: World) -> Iterator[Minibatch]:
+        for minibatch in super().extract(epoch, world):
+            if minibatch.place.samples == self.plan.global_batch_size:
+                yield minibatch
+
+
+CASE = Case(samples=23, global_batch_size=8, micro_batch_size=2, clip_norm=0.1)
+
+
+@pytest.mark.parametrize(
+    ("case", "plant"),
+    [
+        (replace(CASE, clip_norm=None), {"make": mean_for_sum}),
+        (CASE, {"make": last_rank_forgotten}),
+        (CASE, {"clip": LocalNorm}),
+        (CASE, {"batches": MeanOfMeans}),
+        (replace(CASE, task="tokens"), {"batches": SamplesForTokens}),
+    ],
+    ids=["mean for sum", "a rank forgotten", "local norm", "wrong tail weight", "samples for tokens"],
+)
+def test_a_planted_bug_is_seen(case: Case, plant: dict[str, Any]) -> None:
+    assert off(case, in_threads(3, trained_by_distloop, case)) <= tolerance(case)
+    assert off(case, in_threads(3, trained_by_distloop, case, plant)) > 1e-3
+
+
+def test_a_dropped_tail_is_seen() -> None:
+    with pytest.raises(AssertionError):
+        off(CASE, in_threads(2, trained_by_distloop, CASE, {"batches": DropsTail}))
+
+
+def test_momentum_hides_no_missing_broadcast() -> None:
+    """Replicas that begin apart stay apart: that parameters are broadcast shows in the result."""
+
+    def unbroadcast(name: str, parameters: Parameters, transport: Transport, options: Options) -> Strategy:
+        strategy = make(name, parameters, transport, options)
+        if transport.rank == 1:
+            with torch.no_grad():
+                next(iter(parameters.values())).add_(0.1)
+        return strategy
+
+    assert off(CASE, in_threads(2, trained_by_distloop, CASE, {"make": unbroadcast})) > 1e-3
+
+
+class IgnoresFinal(DDP):
+    """Never starts sending. (Always sending is a waste, but exact: averaging leaves what is already averaged alone.)"""
+
+    def backward(self, loss: Tensor, weight: float, *, final: bool) -> None:
+        super().backward(loss, weight, final=False)
+
+
+def trained_ignoring_final(transport: Transport, case: Case) -> Outcome:
+    return trained_by_distloop(transport, case, {"make": lambda name, p, t, o: IgnoresFinal(p, t, o)})
+
+
+def test_ddp_that_ignores_final_is_seen() -> None:
+    case = replace(CASE, strategy="ddp", clip_norm=None)
+    assert off(case, in_processes(2, trained_ignoring_final, case)) > 1e-3

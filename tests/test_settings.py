@@ -1,0 +1,147 @@
+"""Configuration: where values come from, and one clear sentence for each way to get it wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distloop.build.method import Method
+from distloop.config import Config
+from distloop.errors import ConfigError
+from distloop.settings import from_arguments, from_environment, from_file, from_mapping, resolve
+from distloop.strategies import STRATEGIES
+
+CONFIGS = sorted(Path(__file__).parent.parent.joinpath("configs").glob("*.yaml"))
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "my.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_layers_win_in_order_and_each_value_knows_its_source(tmp_path: Path) -> None:
+    path = write(tmp_path, "optimizer:\n  name: sgd\n  lr: 1e-3\n  momentum: 0.5\ntrain:\n  seed: 1\n")
+    environment = from_environment({"DISTLOOP_TRAIN__SEED": "2", "DISTLOOP_OPTIMIZER__LR": "2e-3", "HOME": "/"})
+    resolved = resolve(from_file(path), environment, from_arguments(["--optimizer.lr=3e-3"]))
+    rows = {key: (value, source) for key, value, source in resolved.rows()}
+    assert rows["optimizer.lr"] == (3e-3, "command line --optimizer.lr")
+    assert rows["train.seed"] == (2, "environment DISTLOOP_TRAIN__SEED")
+    assert rows["optimizer.momentum"] == (0.5, f"{path}:4")
+    assert rows["data.global_batch_size"] == (64, "default")
+
+
+def test_yaml_1_2_numbers_and_words(tmp_path: Path) -> None:
+    path = write(tmp_path, "optimizer:\n  lr: 1e-3\ntask:\n  a: no\n  b: 12:30\n  c: 010\n  d: 1_0\n")
+    config = resolve(from_file(path)).config
+    assert config.optimizer.lr == 1e-3
+    assert config.task.options["a"] == "no"
+    assert config.task.options["b"] == "12:30"
+    assert config.task.options["c"] == 10
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optimizer:\n  lr: 1\n  momentun: 0.9\n", r"my.yaml:3: optimizer.momentun: unknown key .*'momentum'"),
+        ("optimiser:\n  lr: 1\n", r"my.yaml:2: optimiser.lr: unknown section .*'optimizer'"),
+        ("optimizer:\n  lr: 1\n  lr: 2\n", r'my.yaml:3: found duplicate key "lr"'),
+        ("optimizer:\n  lr: abc\n", r"my.yaml:2: optimizer.lr: 'abc' is wrong: .*number"),
+        ("optimizer:\n  lr: .nan\n", r"my.yaml:2: optimizer.lr: nan is wrong"),
+        ("optimizer:\n  lr: true\n", r"my.yaml:2: optimizer.lr: True is wrong"),
+        ("optimizer:\n  lr: -1\n", r"my.yaml:2: optimizer.lr: -1 is wrong: .*greater than 0"),
+        ("data:\n  global_batch_size: 0\n", r"my.yaml:2: data.global_batch_size: 0 is wrong"),
+        ("data:\n  global_batch_size: 1.5\n", r"my.yaml:2: data.global_batch_size: 1.5 is wrong"),
+        ("data:\n  global_batch_size: 8\n  micro_batch_size: 9\n", r"my.yaml:3: .*9 is more than .*, which is 8"),
+        ("schedule:\n  name: cosin\n", r"my.yaml:2: schedule.name: 'cosin' is wrong: .*'cosine'"),
+        ("schedule:\n  name: step\n  peak: 0.2\n", r"my.yaml:3: schedule.peak: step does not read it"),
+        ("strategy:\n  name: naiv\n", r"my.yaml:2: strategy.name: unknown name 'naiv' \(did you mean 'naive'\?\)"),
+        ("optimizer:\n  name: adm\n", r"my.yaml:2: optimizer.name: unknown name 'adm' \(did you mean 'adam'\?\)"),
+        ("optimizer:\n  name: adam\n  momentum: 0.9\n", r"my.yaml:3: optimizer.momentum: adam does not read it"),
+        ("optimizer:\n  name: sgd\n  nesterov: true\n", r"my.yaml:3: optimizer.nesterov: needs optimizer.momentum"),
+        ("optimizer: 3\n", r"my.yaml:1: optimizer: must be a section"),
+        ("optimizer.lr: 3\n", r"my.yaml:1: optimizer.lr: must be a section"),
+        ("optimiser:\n", r"my.yaml: optimiser: unknown section"),
+        ("- 1\n", r"my.yaml: must hold sections"),
+        ("a: [1\n", r"my.yaml:2: expected"),
+        ("a: &x [1]\nb: *x\n", r"my.yaml:2: an alias"),
+        ("task:\n  a: " + "[" * 40 + "]" * 40, r"my.yaml:2: nesting deeper"),
+        ("a: !!python/object:os.system {}\n", r"my.yaml:1: a tag .* is not allowed"),
+    ],
+)
+def test_one_sentence_with_file_line_and_key(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolved = resolve(from_file(write(tmp_path, text)))
+        resolved.choose("strategy.name", STRATEGIES)
+        Method(resolved)
+
+
+def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
+    write(tmp_path, "")
+    with pytest.raises(ConfigError, match=r"my.yml: there is no such file \(did you mean 'my.yaml'\?\)"):
+        from_file(tmp_path / "my.yml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optimizer.lr"], "has no value"),
+        (["optimizer.lr", "1"], "not expected here"),
+        (["--optimizer.lr", "1", "--optimizer.lr", "2"], "given twice"),
+        (["--optimizer.rl", "1"], "unknown key 'rl'"),
+        (["--optimizer", "1"], "is a section"),
+        (["--optimizer.lr", "[1"], "not valid YAML"),
+    ],
+)
+def test_arguments_that_are_wrong(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_arguments(arguments)
+
+
+def test_dashes_and_equal_signs() -> None:
+    settings = from_arguments(["--data.global-batch-size=12", "--task.path", "a=b"])
+    assert {key: setting.value for key, setting in settings.items()} == {
+        "data.global_batch_size": 12,
+        "task.path": "a=b",
+    }
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_supplied_configurations_are_valid_and_a_dump_of_them_is_the_same(path: Path, tmp_path: Path) -> None:
+    from distloop.build.place import write_configuration
+
+    resolved = resolve(from_file(path))
+    Method(resolved)
+    given = {dotted: value for dotted, value, source in resolved.rows() if source != "default"}
+    assert given, "a configuration says something"
+    write_configuration(tmp_path, resolved)
+    assert resolve(from_file(tmp_path / "config.yaml")).config == resolved.config
+
+
+def test_every_key_is_explained() -> None:
+    for section, field in Config.model_fields.items():
+        for key, inner in field.annotation.model_fields.items():  # type: ignore[union-attr]
+            assert inner.description, f"{section}.{key}"
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_a_configuration_or_one_clear_error(text: str) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "my.yaml"
+        path.write_text(text, encoding="utf-8", errors="surrogatepass")
+        try:
+            resolve(from_file(path))
+        except ConfigError as failure:
+            assert "my.yaml" in str(failure)
+
+
+def test_python_callers_are_told_too() -> None:
+    with pytest.raises(ConfigError, match="optimizer.rl: unknown key"):
+        resolve(from_mapping({"optimizer": {"rl": 1}}))
+    with pytest.raises(ConfigError, match="must be a mapping"):
+        resolve(from_mapping({"optimizer": 3}))

@@ -1,0 +1,67 @@
+"""Who a process is, from recorded variable sets of each launcher."""
+
+from __future__ import annotations
+
+import pytest
+
+from distloop.errors import WorldError
+from distloop.world import World
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29500"}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "0",  # ranks are not always dealt in order
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+}
+MPICH = {"PMI_RANK": "2", "PMI_SIZE": "3", "MPI_LOCALRANKID": "2", "MPI_LOCALNRANKS": "3"}
+SLURM = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_NTASKS_PER_NODE": "4",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "world"),
+    [
+        ({}, World(0, 1, 0, 1, "none")),
+        (TORCHRUN, World(3, 4, 1, 2, "torchrun")),
+        (OPEN_MPI, World(1, 4, 0, 4, "Open MPI")),
+        (MPICH, World(2, 3, 2, 3, "MPICH")),
+        (SLURM, World(5, 8, 1, 4, "Slurm")),
+        (SLURM | TORCHRUN, World(3, 4, 1, 2, "torchrun")),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, World(1, 2, 1, 2, "torchrun")),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, World(0, 1, 0, 1, "none")),  # salloc's shell is no rank
+    ],
+)
+def test_world_from_environment(environment: dict[str, str], world: World) -> None:
+    assert World.from_environment(environment) == world
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"RANK": "4"}, "RANK=4 .* outside the world: WORLD_SIZE=4 allows ranks 0 to 3"),
+        ({"RANK": "-1"}, "RANK=-1 is too small"),
+        ({"RANK": "abc"}, "RANK='abc' is not a whole number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 is too small"),
+        ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2 .* outside the host"),
+    ],
+)
+def test_contradictions_are_named(change: dict[str, str], message: str) -> None:
+    with pytest.raises(WorldError, match=message):
+        World.from_environment(TORCHRUN | change)
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_a_missing_variable_is_named(name: str) -> None:
+    with pytest.raises(WorldError, match=f"{name} is missing"):
+        World.from_environment({k: v for k, v in TORCHRUN.items() if k != name})
+
+
+def test_single_host() -> None:
+    assert World(0, 2, 0, 2).single_host
+    assert not World(0, 4, 0, 2).single_host
