@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -119,7 +120,13 @@ def _print_config(resolved: Resolved, *, as_json: bool) -> None:
     Console(highlight=False).print(table)
 
 
+def _quiet_torch() -> None:
+    """Keep C++ backtraces off the screen when a peer is gone; what happened is said in one sentence."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
 def main(arguments: list[str] | None = None, run: Callable[..., object] = cli.main) -> NoReturn:
     """Entry point of the ``distloop`` command."""
+    _quiet_torch()
     run(args=arguments, prog_name="distloop")
     raise SystemExit(0)

@@ -89,19 +89,14 @@ class Evaluation:
         }
 
     def _stateful(self) -> dict[str, float]:
+        """Return the values of torchmetrics objects, whose states are gathered through this transport."""
         values = {}
         for name, metric in getattr(self._task, "metrics", {}).items():
-            if not hasattr(metric, "compute"):
-                continue
-            if self._transport.size > 1:
-                metric.sync(
-                    dist_sync_fn=lambda tensor, group=None: gather_uneven(self._transport, tensor),
-                    distributed_available=lambda: True,
-                )
-            values[name] = float(metric.compute())
-            if self._transport.size > 1:
-                metric.unsync()
-            metric.reset()
+            if hasattr(metric, "compute"):
+                metric.dist_sync_fn = lambda state, group=None: gather_uneven(self._transport, state)
+                metric.distributed_available_fn = lambda: self._transport.size > 1
+                values[name] = float(metric.compute())
+                metric.reset()
         return values
 
 

@@ -88,7 +88,7 @@ class Learner:
         self._clip = next((t for t in self.transforms if isinstance(t, ClipByNorm)), None)
         self._device = next(iter(strategy.parameters.values())).device
         self._precision = precision
-        self._check: UnusedCheck | None = UnusedCheck(self) if unused == "refuse" else None
+        self._check = FirstStepCheck(name, strategy) if unused == "refuse" else None
 
     @property
     def lr(self) -> float:
@@ -124,7 +124,9 @@ class Learner:
         """Add the gradient of ``loss``, weighted by the micro-batch's share of the global batch."""
         share = micro_batch.share(self.name)
         if self._check is not None:
-            self._check.before_backward(loss, idle=share == 0.0)
+            self._check(loss, idle=share == 0.0, final=micro_batch.final)
+            if micro_batch.final:
+                self._check = None
         self.losses.append((share, loss.detach()))
         weight = share if self._loss_scale is None else share * self._loss_scale.scale
         self.strategy.backward(loss, weight, final=micro_batch.final)
@@ -135,9 +137,6 @@ class Learner:
 
     def collected(self) -> Iterator[tuple[int, Collected]]:
         """Yield each shard's gradients, transformed; then settle and count the step."""
-        if self._check is not None:
-            self._check.after_backward()
-            self._check = None
         self.optimizer.lr = self.lr
         stream: Stream = ((i, Collected(gradients)) for i, gradients in self.strategy.collect())
         for transform in self.transforms:
@@ -181,23 +180,21 @@ class Gradients:
         self.collect: Callable[[], Iterator[tuple[int, Collected]]] = learner.collected
 
 
-class UnusedCheck:
-    """Finds, in the first step, a loss that is not one, and parameters that the loss does not reach."""
+class FirstStepCheck:
+    """Looks at a learner's first step before anything is sent: is the loss one, and does it reach every parameter?"""
 
     MISSED, REACHED, IDLE = 0, 1, 2
 
-    def __init__(self, learner: Learner):
-        self._name, self._strategy = learner.name, learner.strategy
-        self._reached: set[str] = set()
-        self._idle = False
-        self._hooks = [
-            p.register_post_accumulate_grad_hook(lambda _, name=name: self._reached.add(name))
-            for name, p in learner.strategy.parameters.items()
-        ]
+    def __init__(self, name: str, strategy: Strategy):
+        self._name, self._strategy = name, strategy
+        self._reached: set[int] = set()
 
-    def before_backward(self, loss: Any, *, idle: bool) -> None:
-        """Raise a ConfigError if ``loss`` cannot be differentiated."""
-        self._idle = idle
+    def __call__(self, loss: Any, *, idle: bool, final: bool) -> None:
+        """Look at one micro-batch.
+
+        Raises:
+            ConfigError: on all ranks alike if it is about parameters that no gradient reaches.
+        """
         where = f"objective {self._name!r}: loss(guesses, targets)"
         if not isinstance(loss, Tensor):
             raise ConfigError(f"{where} returned a {type(loss).__name__}; it must return a scalar tensor")
@@ -209,22 +206,40 @@ class UnusedCheck:
             raise ConfigError(
                 f"{where} returned a tensor that depends on no trained parameter (detached, or made under no_grad)"
             )
+        if not idle:
+            self._reached |= _leaves(loss)
+        if final:
+            self._compare()
 
-    def after_backward(self) -> None:
-        """Raise a ConfigError, on all ranks alike, if a parameter got no gradient where it should have."""
-        for hook in self._hooks:
-            hook.remove()
-        names = list(self._strategy.parameters)
-        own = [self.IDLE if self._idle else self.REACHED if name in self._reached else self.MISSED for name in names]
+    def _compare(self) -> None:
+        parameters, every = self._strategy.parameters, self._strategy.needs_every_gradient
+        idle = not self._reached  # a null loss reaches everything
+        own = [
+            self.IDLE if idle else self.REACHED if id(p) in self._reached else self.MISSED for p in parameters.values()
+        ]
         rows = self._strategy.transport.all_gather(torch.tensor(own, dtype=torch.uint8)).wait()
-        missed = rows == self.MISSED
-        refused = (
-            missed.any(0) if self._strategy.needs_every_gradient else missed.any(0) & ~(rows == self.REACHED).any(0)
-        )
-        unused = [name for name, refuse in zip(names, refused.tolist(), strict=True) if refuse]
+        refused = (rows == self.MISSED).any(0)
+        if not every:
+            refused &= ~(rows == self.REACHED).any(0)
+        unused = [name for name, refuse in zip(parameters, refused.tolist(), strict=True) if refuse]
         if unused:
             listed = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
             raise ConfigError(
                 f"objective {self._name!r}: the loss does not reach parameters {listed}; freeze them with "
                 "requires_grad_(False), or set strategy.unused_parameters to zeros"
             )
+
+
+def _leaves(loss: Tensor) -> set[int]:
+    """Return the ids of the tensors whose gradient the loss has, by walking its graph."""
+    leaves: set[int] = set()
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        waiting += [parent for parent, _ in node.next_functions]
+    return leaves

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,10 @@ from distloop.world import World
 
 @dataclass(frozen=True)
 class Record:
-    """Something that happened: ``kind`` is start, train, evaluate or end. Exact over all ranks, the same on each."""
+    """Something that happened; ``kind`` is start, train, evaluate, end or failure. Exact over all ranks, alike on each.
+
+    A failure is the exception: it is a rank's own.
+    """
 
     kind: str
     step: int
@@ -115,6 +119,14 @@ class Session:
 
     def run(self) -> Result:
         """Train until a limit or a decision ends it; return with the best model loaded."""
+        try:
+            return self._run()
+        except BaseException as failure:
+            with suppress(Exception):  # whatever else breaks now, the first failure is the one to report
+                self._emit("failure", {"error": f"{type(failure).__name__}: {failure}"})
+            raise
+
+    def _run(self) -> Result:
         begun = time.monotonic()
         self._emit("start", self._facts)
         reason = "all epochs done"

@@ -7,8 +7,12 @@ import os
 import pickle
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from distloop.transports import Alone, ThreadCluster, Transport
 
@@ -57,8 +61,6 @@ def free_port() -> int:
 def _rank(
     rank: int, size: int, port: int, results: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
-    import torch
-
     from distloop.transports.process_group import connect
     from distloop.world import World
 
@@ -77,3 +79,53 @@ def _rank(
         results.close()
         results.join_thread()
         os._exit(1)
+
+
+@dataclass
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_command(*arguments: str, folder: Path, ranks: int = 1, seconds: float = 60, **variables: str) -> list[Ended]:
+    """Run ``distloop ARGUMENTS`` in ``folder``, as one process or as ranks of one world; return how each ended."""
+    world: list[dict[str, str]] = [{}]
+    if ranks > 1:
+        # As under torchrun, the store outlives every rank.
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+        world = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    outputs = [(folder / f".out{rank}", folder / f".err{rank}") for rank in range(ranks)]
+    processes = [
+        _CONTEXT.Process(target=_command, args=(arguments, str(folder), own | variables, str(out), str(err)))
+        for own, (out, err) in zip(world, outputs, strict=True)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(seconds)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [
+        Ended(process.exitcode or 0, out.read_text(), err.read_text())
+        for process, (out, err) in zip(processes, outputs, strict=True)
+    ]
+
+
+def _command(arguments: Sequence[str], folder: str, variables: dict[str, str], out: str, err: str) -> None:
+    import sys
+
+    from distloop.cli import main
+
+    os.chdir(folder)
+    os.environ |= variables
+    torch.set_num_threads(1)
+    for stream, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    main(list(arguments))

@@ -141,7 +141,7 @@ def test_any_text_is_a_configuration_or_one_clear_error(text: str) -> None:
 
 
 def test_python_callers_are_told_too() -> None:
-    with pytest.raises(ConfigError, match="optimizer.rl: unknown key"):
+    with pytest.raises(ConfigError, match=r"optimizer\.rl: unknown key"):
         resolve(from_mapping({"optimizer": {"rl": 1}}))
     with pytest.raises(ConfigError, match="must be a mapping"):
         resolve(from_mapping({"optimizer": 3}))

@@ -19,7 +19,7 @@ class Console:
     """Prints records; with a progress bar below them if the output is a terminal (or ``progress`` says so)."""
 
     def __init__(self, total_steps: int | None, progress: bool | None = None):
-        self._console = RichConsole(highlight=False, soft_wrap=True)
+        self._console = RichConsole(highlight=False, soft_wrap=True, force_terminal=True if progress else None)
         self._total = total_steps
         self.shows_progress = self._console.is_terminal if progress is None else progress
         self._bar = Progress(
@@ -39,9 +39,11 @@ class Console:
             self._facts(record.values)
             if self.shows_progress:
                 self._bar.start()
-        elif record.kind == "end":
-            self._bar.stop()
-            self._summary(record.values)
+        elif record.kind in ("end", "failure"):
+            if self.shows_progress:
+                self._bar.stop()
+            if record.kind == "end":
+                self._summary(record.values)
         else:
             self._line(line(record, self._total), bold=record.kind == "evaluate")
 

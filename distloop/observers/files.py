@@ -7,11 +7,14 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from distloop.observers.text import line
 from distloop.session import Record
+
+LAST = ("end", "failure")
 
 
 class _File:
@@ -31,11 +34,13 @@ class _File:
             self._file.write(text + "\n")
         except OSError as failure:
             self._broken = True
+            self.close()
             print(f"distloop: {self._path}: {failure.strerror}; it gets no more lines", file=sys.stderr)
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # what could not be written cannot be flushed either
+                self._file.close()
             self._file = None
 
 
@@ -48,7 +53,7 @@ class JsonLines:
     def __call__(self, record: Record) -> None:
         head = {"kind": record.kind, "step": record.step, "epoch": record.epoch, "time": round(time.time(), 3)}
         self._out.write(json.dumps(head | _finite(record.values)))
-        if record.kind == "end":
+        if record.kind in LAST:
             self._out.close()
 
 
@@ -65,7 +70,7 @@ class LogFile:
             lines = [f"{record.kind}: {key}: {value}" for key, value in record.values.items()]
         for text in lines:
             self._out.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
-        if record.kind == "end":
+        if record.kind in LAST:
             self._out.close()
 
 
@@ -77,7 +82,7 @@ class TensorBoard:
         self._writer: Any = None
 
     def __call__(self, record: Record) -> None:
-        if record.kind == "end" and self._writer is not None:
+        if record.kind in LAST and self._writer is not None:
             self._writer.close()
         if record.kind not in ("train", "evaluate"):
             return
