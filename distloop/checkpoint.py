@@ -21,7 +21,9 @@ def model_state(models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def save_model(path: Path, models: Mapping[str, nn.Module]) -> None:
-    """Write the models to ``path``: the whole file or none, whatever happens meanwhile.
+    """Write the models to ``path``: the whole file or none, also if this process is killed meanwhile.
+
+    It outlasts a loss of power only after :func:`make_durable`, which may take longer than many steps.
 
     Raises:
         StorageError: it cannot be written.
@@ -39,13 +41,20 @@ def save_model(path: Path, models: Mapping[str, nn.Module]) -> None:
             state[key] = value.detach().cpu().contiguous()
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("wb") as file:
-            file.write(save(state, metadata={"format": "pt", **tied}))
-            file.flush()
-            os.fsync(file.fileno())
+        partial.write_bytes(save(state, metadata={"format": "pt", **tied}))
         partial.replace(path)
     except OSError as failure:
         raise StorageError(f"{path}: cannot be written: {failure.strerror}") from failure
+
+
+def make_durable(path: Path) -> None:
+    """Return when ``path`` and its name are on the disk."""
+    for place in (path, path.parent):
+        descriptor = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from distloop.agreement import Agreement, Signals, Stop
-from distloop.checkpoint import load_model, save_model
+from distloop.checkpoint import load_model, make_durable, save_model
 from distloop.errors import INTERRUPTED, TERMINATED, ConfigError, nearest
 from distloop.evaluation import Evaluation
 from distloop.learner import Learner
@@ -65,7 +65,7 @@ class Monitor:
 
 @dataclass
 class Result:
-    """How a run ended."""
+    """How a run ended. ``metrics`` are those of the model that was kept: the best one, or the last."""
 
     reason: str
     steps: int
@@ -74,6 +74,7 @@ class Result:
     samples_per_second: float
     directory: Path
     metrics: dict[str, float] = field(default_factory=dict)
+    last_metrics: dict[str, float] = field(default_factory=dict)
     best_metric: str | None = None
     best: float | None = None
     best_step: int | None = None
@@ -114,7 +115,8 @@ class Session:
         self._evaluated_at = -1
         self._best: tuple[float, int] | None = None
         self._evaluations_without_better = 0
-        self._metrics: dict[str, float] = {}
+        self._metrics: dict[str, float] = {}  # of the last evaluation
+        self._best_metrics: dict[str, float] = {}
         self._watched: tuple[str, float] | None = None  # metric's name, and +1 if lower is better
 
     def run(self) -> Result:
@@ -200,7 +202,7 @@ class Session:
         better = sign * value < best - (0.0 if self._best is None else self.monitor.min_delta)
         self._emit("evaluate", self._metrics | {"best": better})
         if better:
-            self._best, self._evaluations_without_better = (value, self.step), 0
+            self._best, self._best_metrics, self._evaluations_without_better = (value, self.step), self._metrics, 0
             if self.monitor.keep_best and self.world.rank == 0:
                 save_model(self.directory / "model.safetensors", self._models)
             return None
@@ -219,13 +221,16 @@ class Session:
 
     def _finish(self, reason: str, stopped: Stop, seconds: float) -> Result:
         path = self.directory / "model.safetensors"
-        if self._best is not None and self.monitor.keep_best:
+        keeps_best = self._best is not None and self.monitor.keep_best
+        if keeps_best:
             load_model(path, self._models, self.transport)
         else:
             for learner in self.learners:
                 learner.share_buffers(self.transport)
             if self.world.rank == 0:
                 save_model(path, self._models)
+        if self.world.rank == 0:
+            make_durable(path)
         result = Result(
             reason=reason,
             steps=self.step,
@@ -233,7 +238,8 @@ class Session:
             seconds=seconds,
             samples_per_second=self._samples / max(seconds, 1e-9),
             directory=self.directory,
-            metrics=self._metrics,
+            metrics=self._best_metrics if keeps_best else self._metrics,
+            last_metrics=self._metrics,
             best_metric=self._watched[0] if self._watched else None,
             best=self._best[0] if self._best else None,
             best_step=self._best[1] if self._best else None,

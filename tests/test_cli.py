@@ -39,7 +39,7 @@ def test_help_is_quick_and_loads_no_torch() -> None:
 def test_one_process(tmp_path: Path) -> None:
     codes, out, err = train(tmp_path, DIGITS, *SHORT)
     assert codes == [0], err
-    assert "step 23/23" in out and "best accuracy" in out and "results" in out
+    assert "step 23/23" in out and "kept model    loss" in out and "results" in out
     assert err == ""
 
 
@@ -51,7 +51,7 @@ def test_ranks_say_what_one_process_says(tmp_path: Path, strategy: str) -> None:
             tmp_path, DIGITS, *SHORT, "--strategy.name", strategy, "--log.name", f"r{ranks}", ranks=ranks
         )
         assert codes == [0] * ranks, err
-        assert out.count("best accuracy") == 1, "rank 0 alone prints"
+        assert out.count("kept model") == 1, "rank 0 alone prints"
         result = json.loads((tmp_path / "runs" / f"r{ranks}" / "result.json").read_text())
         figures.append(result["metrics"]["loss"])
     assert figures[1] == pytest.approx(figures[0], rel=1e-5)

@@ -31,6 +31,7 @@ END = Record(
         "samples_per_second": 100.0,
         "skipped": 2,
         "metrics": {"accuracy": 0.975},
+        "last_metrics": {"loss": 0.5, "accuracy": 0.9},
         "best": 0.975,
         "best_metric": "accuracy",
         "best_step": 1000,
@@ -100,7 +101,8 @@ def test_the_console_is_quiet_when_it_is_no_terminal(capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert "task          digits" in out
-    assert "best accuracy 0.9750 at step 1000" in out
+    assert "last          loss 0.5000, accuracy 0.9000" in out
+    assert "best          accuracy 0.9750 at step 1000" in out
     assert "2 updates that overflowed" in out
 
 
@@ -109,7 +111,8 @@ def test_a_progress_bar_on_demand(capsys: pytest.CaptureFixture[str]) -> None:
     console(Record("start", 0, 0, {}))
     console.advance(5)
     console(END)
-    assert "5/10 steps" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert " 5/10" in out and "all epochs done" in out
 
 
 def test_other_ranks_write_their_log_alone(tmp_path: Path) -> None:

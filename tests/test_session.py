@@ -180,6 +180,7 @@ def test_early_stopping_and_the_best_model_at_the_end(tmp_path: Path) -> None:
     result = fit(tmp_path, [keep], given, monitor={"metric": "score", "patience": 1}, train={"epochs": 8})
     assert result.reason == "no better score in 2 evaluations"
     assert (result.best, result.best_step, result.steps) == (3.0, 16, 32)
+    assert (result.metrics, result.last_metrics) == ({"score": 3.0}, {"score": 2.0})
     assert torch.equal(given.objectives["model"].model.weight, states[1])
     assert torch.equal(load_file(result.directory / "model.safetensors")["weight"], states[1])
 

@@ -76,13 +76,19 @@ class Console:
         }
         if result["skipped"]:
             rows["skipped"] = f"{result['skipped']} updates that overflowed"
-        rows |= {f"last {label(k)}": number(k, v).strip() for k, v in result["metrics"].items()}
+        if result["last_metrics"]:
+            rows["last"] = _metrics(result["last_metrics"])
         if result["best"] is not None:
             name = str(result["best_metric"])
-            rows[f"best {label(name)}"] = f"{number(name, result['best']).strip()} at step {result['best_step']}"
+            rows["best"] = f"{_metrics({name: result['best']})} at step {result['best_step']}"
+            rows["kept model"] = _metrics(result["metrics"])
         directory = Path(result["directory"])
         names = sorted(file.name for file in directory.iterdir() if not file.name.startswith("."))
         rows["results"] = f"{directory} ({', '.join(names)})"
         print(flush=True)
         for name, text in rows.items():
             self._entry(name, text)
+
+
+def _metrics(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{label(key)} {number(key, value).strip()}" for key, value in values.items())
