@@ -6,13 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help train test test-fast lint format bench clean
+.PHONY: help train test test-fast lint format docs bench clean
 
 help:
 	@echo "make train      train $(CONFIG) on $(RANKS) ranks (CONFIG=..., RANKS=... to change)"
 	@echo "make test       all tests"
 	@echo "make test-fast  the tests that take seconds"
 	@echo "make lint       ruff and mypy"
+	@echo "make docs       docs/configuration.md, again from the schema"
 	@echo "make bench      benchmarks/loop_overhead.py"
 	@echo "make clean      remove what these commands made (not runs/)"
 
@@ -33,6 +34,9 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.dev
+	$(BIN)/python docs/configuration.py
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/loop_overhead.py

@@ -56,7 +56,8 @@ class LearningCurves:
                 axes.set_title({"lr": "learning rate"}.get(panel, label(panel)))
                 axes.set_xlabel("step")
                 axes.grid(alpha=0.3)
-                if panel.endswith("loss") and all(v > 0 for s in series for _, v in self._series[s]):
+                shown = [value for one in series for _, value in self._series[one]]
+                if panel.endswith("loss") and min(shown) > 0 and max(shown) > 10 * min(shown):
                     axes.set_yscale("log")
                 if result["best_metric"] == panel and result["best"] is not None:
                     axes.plot(result["best_step"], result["best"], "*", color="black", markersize=10, label="best")

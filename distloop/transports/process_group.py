@@ -83,7 +83,12 @@ def connect(world: World, *, backend: str, device: torch.device, timeout: float)
         store.set_timeout(limit)
         _stores.append(store)
         dist.init_process_group(
-            backend, store=PrefixStore("distloop", store), rank=rank, world_size=size, timeout=limit
+            backend,
+            store=PrefixStore("distloop", store),
+            rank=rank,
+            world_size=size,
+            timeout=limit,
+            device_id=device if backend == "nccl" else None,
         )
         data = dist.group.WORLD
         if data is None:

@@ -1,0 +1,99 @@
+"""What the documents show is what the code does."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parent.parent
+
+
+def load(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def blocks(path: Path, language: str = "python") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(), re.DOTALL)
+
+
+def test_the_loop_in_the_readme_is_the_loop() -> None:
+    (listing,) = [block for block in blocks(ROOT / "README.md") if block.startswith("for epoch in epochs")]
+    assert textwrap.indent(listing, "    ") in (ROOT / "distloop" / "loop.py").read_text()
+
+
+def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DISTLOOP_LOG__PICTURE", "false")
+    (example,) = [block for block in blocks(ROOT / "README.md") if "distloop.fit" in block]
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert names["result"].metrics["accuracy"] > 0.8
+
+
+def test_the_examples_on_tasks_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import distloop
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DISTLOOP_LOG__PICTURE", "false")
+    _, denoising, own_loop = blocks(ROOT / "docs" / "tasks.md")
+    from torch.utils.data import TensorDataset
+
+    names: dict[str, Any] = {
+        "torch": torch,
+        "nn": nn,
+        "distloop": distloop,
+        "TensorDataset": TensorDataset,
+        "make_model": lambda: nn.Linear(6, 6),
+    }
+    exec(denoising, names)
+    task = names["Denoising"](torch.randn(96, 6), torch.randn(20, 6))
+    result = distloop.fit(task, optimizer={"lr": 0.03}, train={"epochs": 5})
+    assert result.metrics["loss"] < 1.0
+    names["task"] = task
+    capsys.readouterr()
+    exec(own_loop, names)
+    assert len(capsys.readouterr().out.splitlines()) == 5
+
+
+def test_the_page_on_configuration_is_current() -> None:
+    script = load(ROOT / "docs" / "configuration.py")
+    assert (ROOT / "docs" / "configuration.md").read_text() == script.document(), "run make docs"
+
+
+def test_the_readme_quotes_what_the_benchmark_wrote() -> None:
+    benchmark = load(ROOT / "benchmarks" / "loop_overhead.py")
+    results = json.loads((ROOT / "benchmarks" / "results" / "loop_overhead.json").read_text())
+    table = benchmark.table(results)
+    readme = (ROOT / "README.md").read_text()
+    quoted = re.search(r"<!-- loop_overhead -->\n(.*?)\n<!-- /loop_overhead -->", readme, re.DOTALL)
+    assert quoted is not None and quoted.group(1) == table
+
+
+def test_links_in_documents_lead_somewhere() -> None:
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
+        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_and_its_sides_agree() -> None:
+    benchmark = load(ROOT / "benchmarks" / "loop_overhead.py")
+    result = benchmark.measure(benchmark.Row("tiny", 2, "naive", 200, 50, 1))
+    assert result["loss_difference"] < 1e-4
+    assert result["cpu"]["ratio"] > 0
