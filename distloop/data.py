@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from distloop.errors import ConfigError, DataError
-from distloop.loading import Fetch, Placer, loader_batches
+from distloop.loading import Fetch, ToDevice, loader_batches
 from distloop.transports import Alone, Rows, Transport
 from distloop.world import World
 
@@ -57,22 +57,22 @@ class Plan:
         start = step * self.global_batch_size
         return range(start, min(start + self.global_batch_size, self.samples))
 
-    def share(self, step: int, rank: int, ranks: int) -> range:
+    def part(self, step: int, rank: int, ranks: int) -> range:
         """Return the positions of global batch ``step`` that ``rank`` of ``ranks`` takes; possibly none."""
         batch = self.batch(step)
         n = len(batch)
         return batch[n * rank // ranks : n * (rank + 1) // ranks]
 
     def micro_batches(self, step: int, rank: int, ranks: int) -> list[range]:
-        """Return the rank's share cut into micro-batches, none of them empty."""
-        share = self.share(step, rank, ranks)
-        size = self.micro_batch_size or max(len(share), 1)
-        return [share[i : i + size] for i in range(0, len(share), size)]
+        """Return the rank's part cut into micro-batches, none of them empty."""
+        part = self.part(step, rank, ranks)
+        size = self.micro_batch_size or max(len(part), 1)
+        return [part[i : i + size] for i in range(0, len(part), size)]
 
     def accumulation(self, ranks: int) -> int:
         """Return the most micro-batches that a rank accumulates in one step."""
-        largest_share = -(-min(self.global_batch_size, self.samples) // ranks)
-        return -(-largest_share // (self.micro_batch_size or largest_share))
+        largest = -(-min(self.global_batch_size, self.samples) // ranks)
+        return -(-largest // (self.micro_batch_size or largest))
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -101,7 +101,7 @@ class MicroBatch:
         return self.sample_share if self.shares is None else self.shares.get(learner, self.sample_share)
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Which global batch of an epoch, how many samples it has over all ranks, and whether it is the last."""
 
     batch: int
@@ -113,7 +113,7 @@ class Place(NamedTuple):
 class Minibatch:
     """A rank's share of one global batch, as micro-batches; at least one, if need be a null one."""
 
-    place: Place
+    position: Position
     micro_batches: list[MicroBatch]
 
     def __iter__(self) -> Iterator[MicroBatch]:
@@ -166,18 +166,19 @@ class Batches:
         self.plan, self.seed, self.shuffle = plan, seed, shuffle
         self._loading = loading or Loading()
         self._fetch = Fetch(samples, collate)
-        self._place = Placer(device or torch.device("cpu"), pin=self._loading.pin_memory)
+        self._to_device = ToDevice(device or torch.device("cpu"), pin=self._loading.pin_memory)
         self._weighers = dict(weighers or {})
         self._transport = transport or Alone()
 
     def extract(self, epoch: int, world: World) -> Iterator[Minibatch]:
         """Yield this rank's share of each global batch of ``epoch``."""
         if not self._weighers:
-            yield from self._assemble(epoch, world)
+            yield from map(self._moved, self._assemble(epoch, world))
             return
         ahead: tuple[Minibatch, Rows] | None = None
         for minibatch in self._assemble(epoch, world):
-            following = minibatch, self._weigh(minibatch)
+            rows = self._weigh(minibatch)  # while it is still on the host
+            following = self._moved(minibatch), rows
             if ahead is not None:
                 yield self._agreed(*ahead)
             ahead = following
@@ -192,9 +193,9 @@ class Batches:
         batches = self._read((order[cut.start : cut.stop] for cuts in ahead for cut in cuts), epoch, world)
         for step, cuts in enumerate(cuts_by_step):
             last, samples = len(cuts) - 1, len(plan.batch(step))
-            held = [MicroBatch(self._place(next(batches)), len(cut) / samples, i == last) for i, cut in enumerate(cuts)]
-            place = Place(step, samples, step == plan.steps - 1)
-            yield Minibatch(place, held or [MicroBatch(None, 0.0, True)])
+            held = [MicroBatch(next(batches), len(cut) / samples, i == last) for i, cut in enumerate(cuts)]
+            position = Position(step, samples, step == plan.steps - 1)
+            yield Minibatch(position, held or [MicroBatch(None, 0.0, True)])
 
     def _read(self, indices: Iterator[Tensor], epoch: int, world: World) -> Iterator[Any]:
         """Yield the batch of each index tensor."""
@@ -210,6 +211,12 @@ class Batches:
             pin_memory=loading.pin_memory,
             timeout=loading.timeout,
         )
+
+    def _moved(self, minibatch: Minibatch) -> Minibatch:
+        """Start moving the batches to where the model is."""
+        for micro_batch in minibatch:
+            micro_batch.batch = self._to_device(micro_batch.batch)
+        return minibatch
 
     def _weigh(self, minibatch: Minibatch) -> Rows:
         """Note what each micro-batch weighs, and start summing that over ranks."""

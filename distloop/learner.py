@@ -88,7 +88,8 @@ class Learner:
         self._clip = next((t for t in self.transforms if isinstance(t, ClipByNorm)), None)
         self._device = next(iter(strategy.parameters.values())).device
         self._precision = precision
-        self._check = FirstStepCheck(name, strategy) if unused == "refuse" else None
+        self._check: FirstStepCheck | None = FirstStepCheck(name, strategy, refuse_unused=unused == "refuse")
+        self._gradients = Gradients(self.collected)
 
     @property
     def lr(self) -> float:
@@ -118,7 +119,9 @@ class Learner:
         if guesses is NOTHING:  # the other ranks count on this one's turn all the same
             return self.strategy.null_loss()
         with self._autocast():
-            return self.objective.loss(guesses, targets)
+            loss = self.objective.loss(guesses, targets)
+        # The weight enters backward in the loss's own dtype, and half precision would round it.
+        return loss.float() if isinstance(loss, Tensor) and loss.dtype.itemsize < 4 else loss
 
     def gradients(self, loss: Tensor, micro_batch: MicroBatch) -> Gradients:
         """Add the gradient of ``loss``, weighted by the micro-batch's share of the global batch."""
@@ -130,7 +133,7 @@ class Learner:
         self.losses.append((share, loss.detach()))
         weight = share if self._loss_scale is None else share * self._loss_scale.scale
         self.strategy.backward(loss, weight, final=micro_batch.final)
-        return Gradients(self)
+        return self._gradients
 
     def broadcast(self, i: int) -> None:
         self.strategy.broadcast(i)
@@ -141,26 +144,34 @@ class Learner:
         stream: Stream = ((i, Collected(gradients)) for i, gradients in self.strategy.collect())
         for transform in self.transforms:
             stream = transform(stream, self.strategy.total)
-        applied = False
-        for i, gradients in stream:
-            yield i, gradients
-            applied = True
+        yield from stream
         self.strategy.settle()
-        self.step += applied
-        self.skipped += not applied
+        overflowed = self._loss_scale is not None and self._loss_scale.overflowed
+        self.step += not overflowed
+        self.skipped += overflowed
 
     def take_losses(self) -> list[tuple[float, Tensor]]:
         """Return this turn's (share, loss) pairs and forget them."""
         taken, self.losses = self.losses, []
         return taken
 
-    def share_buffers(self, transport: Transport) -> None:
-        """Make buffers (BatchNorm's running statistics) equal on all ranks: means of floats, rank 0's of the rest."""
+    def average_statistics(self, transport: Transport) -> None:
+        """Make buffers equal on all ranks: the mean of BatchNorm's running statistics, rank 0's of all others."""
+        statistics = {
+            id(buffer): buffer
+            for module in self.objective.model.modules()
+            if isinstance(module, nn.modules.batchnorm._NormBase)
+            for buffer in module.buffers(recurse=False)
+            if buffer.is_floating_point()
+        }
+        if statistics and transport.size > 1:
+            flat = torch.cat([buffer.detach().double().cpu().view(-1) for buffer in statistics.values()])
+            mean = transport.all_gather(flat).wait().mean(0)
+            sizes = [buffer.numel() for buffer in statistics.values()]
+            for buffer, part in zip(statistics.values(), mean.split(sizes), strict=True):
+                buffer.copy_(part.view(buffer.shape))
         for buffer in self.objective.model.buffers():
-            if buffer.is_floating_point() and transport.size > 1:
-                rows = transport.all_gather(buffer.detach().cpu()).wait()
-                buffer.copy_(rows.double().mean(0))
-            else:
+            if id(buffer) not in statistics:
                 transport.broadcast(buffer)
 
     def _idle(self, micro_batch: MicroBatch) -> bool:
@@ -174,10 +185,8 @@ class Learner:
 class Gradients:
     """The summed gradients of a learner's turn, still to be collected over ranks."""
 
-    __slots__ = ("collect",)
-
-    def __init__(self, learner: Learner):
-        self.collect: Callable[[], Iterator[tuple[int, Collected]]] = learner.collected
+    def __init__(self, collect: Callable[[], Iterator[tuple[int, Collected]]]):
+        self.collect = collect
 
 
 class FirstStepCheck:
@@ -185,8 +194,8 @@ class FirstStepCheck:
 
     MISSED, REACHED, IDLE = 0, 1, 2
 
-    def __init__(self, name: str, strategy: Strategy):
-        self._name, self._strategy = name, strategy
+    def __init__(self, name: str, strategy: Strategy, *, refuse_unused: bool):
+        self._name, self._strategy, self._refuse_unused = name, strategy, refuse_unused
         self._reached: set[int] = set()
 
     def __call__(self, loss: Any, *, idle: bool, final: bool) -> None:
@@ -206,6 +215,10 @@ class FirstStepCheck:
             raise ConfigError(
                 f"{where} returned a tensor that depends on no trained parameter (detached, or made under no_grad)"
             )
+        if not self._refuse_unused:
+            return
+        if final and self._strategy.needs_every_gradient:
+            self._reached.clear()  # it looks at the last backward alone
         if not idle:
             self._reached |= _leaves(loss)
         if final:

@@ -42,8 +42,12 @@ class Ledger:
         self._skipped[learner.name] = learner.skipped
         self._turns.append((update, applied))
         if learner is self._learners[-1]:
-            self._samples += update.place.samples
+            self._samples += update.position.samples
             self._steps += 1
+
+    def restart_clock(self) -> None:
+        """Leave the time since the last line out of the rate: it went into something else than training."""
+        self._samples, self._since = 0, time.monotonic()
 
     def close(self) -> dict[str, Any] | None:
         """Return the values since the last call, exact over all ranks; None if there was no step.
@@ -60,9 +64,9 @@ class Ledger:
         first_step = self._steps - len(turns) // len(self._learners)
         losses: dict[str, list[float]] = {learner.name: [] for learner in self._learners}
         for i, ((update, applied), loss) in enumerate(zip(turns, by_rank.sum(0).tolist(), strict=True)):
-            if applied:  # what an overflow prevented is neither a loss to report nor a reason to stop
-                name = update.learner.name
-                self._check(name, loss, first_step + i // len(self._learners) + 1, by_rank[:, i])
+            name = update.learner.name
+            self._check(name, loss, first_step + i // len(self._learners) + 1, by_rank[:, i])
+            if applied:
                 losses[name].append(loss)
         now = time.monotonic()
         rate = self._samples / max(now - self._since, 1e-9)

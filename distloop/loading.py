@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from distloop.errors import DataError, DistloopError
 
@@ -25,8 +26,8 @@ class Fetch:
     def __init__(self, samples: Any, collate: Callable[[Sequence[Any]], Any] | None = None):
         self.samples = samples
         self._collate: Callable[[list[Any]], Any] | None = collate
-        tensors = getattr(samples, "tensors", None)
-        if collate is None and isinstance(tensors, tuple) and all(isinstance(t, Tensor) for t in tensors):
+        plain = getattr(type(samples), "__getitem__", None) is TensorDataset.__getitem__  # no subclass's own
+        if collate is None and plain and not hasattr(samples, "__getitems__"):
             self._read: Callable[[Tensor], Any] = self._index
         elif hasattr(samples, "__getitems__"):
             self._read = self._many
@@ -77,13 +78,11 @@ class Fetch:
 
     def _join(self, items: list[Any]) -> Any:
         if self._collate is None:
-            from torch.utils.data import default_collate
-
             return default_collate(items)
         return self._collate(items)
 
 
-class Placer:
+class ToDevice:
     """Moves a batch to the device of the model, through pinned memory if asked for."""
 
     def __init__(self, device: torch.device, *, pin: bool):
@@ -98,6 +97,8 @@ class Placer:
             if self._pin and not batch.is_pinned():
                 batch = batch.pin_memory()
             return batch.to(self._device, non_blocking=True)
+        if hasattr(batch, "to"):  # a batch class of the user's or of a library's
+            return batch.to(self._device)
         if isinstance(batch, dict):
             return {key: self._move(value) for key, value in batch.items()}
         if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -138,8 +139,6 @@ def loader_batches(
     Raises:
         DataError: a sample cannot be read, or a worker died or hangs; names the indices.
     """
-    from torch.utils.data import DataLoader
-
     loader: DataLoader[Any] = DataLoader(
         _ByIndices(fetch, batches),  # type: ignore[arg-type]  # map-style by its methods, not by its base class
         batch_size=None,
@@ -157,7 +156,7 @@ def loader_batches(
             yield batch
             read += 1
     except (RuntimeError, OSError) as failure:
-        reason = str(failure).strip().splitlines()[0]
+        reason = (str(failure).strip().splitlines() or ["no reason given"])[0]
         raise DataError(f"a data worker failed at or after samples {_some(batches[read])}: {reason}") from failure
 
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from distloop.data import Dataset, Place
+from distloop.data import Dataset, Position
 from distloop.learner import Learner
 from distloop.world import World
 
@@ -28,7 +28,7 @@ class Update:
     """
 
     epoch: int
-    place: Place  # of the global batch in the epoch
+    position: Position  # of the global batch in the epoch
     learner: Learner
     losses: Sequence[tuple[float, Tensor]]
 
@@ -47,4 +47,4 @@ def train(task: Collects, learners: Sequence[Learner], epochs: Iterable[int], wo
                 for i, collected in gradients.collect():  # only what this rank is responsible for
                     learner.optimizer.apply(collected, learner.parameters[i])
                     learner.broadcast(i)
-                yield Update(epoch, minibatch.place, learner, learner.take_losses())
+                yield Update(epoch, minibatch.position, learner, learner.take_losses())

@@ -160,7 +160,7 @@ class Session:
         """Log, evaluate and decide after all learners' turns on a global batch; return a reason to stop."""
         limits = self.limits
         self.step += 1
-        self._samples += update.place.samples
+        self._samples += update.position.samples
         if self._progress is not None:
             self._progress(self.step)
         evaluate = self._evaluation is not None and self._evaluation_due(update)
@@ -178,7 +178,9 @@ class Session:
         limits = self.limits
         if limits.evaluate_steps:
             return self.step % limits.evaluate_steps == 0
-        return bool(limits.evaluate_epochs and update.place.last and (update.epoch + 1) % limits.evaluate_epochs == 0)
+        return bool(
+            limits.evaluate_epochs and update.position.last and (update.epoch + 1) % limits.evaluate_epochs == 0
+        )
 
     def _log(self) -> None:
         values = self._ledger.close()

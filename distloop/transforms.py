@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distloop.errors import NonFiniteError
+
 
 @dataclass(slots=True)
 class Collected:
@@ -61,9 +63,7 @@ class ClipByNorm(Transform):
 
     def __call__(self, stream: Stream, total: Total) -> Stream:
         held = list(stream)
-        if not held:
-            return
-        self.norm = _norm(held, total)
+        self.norm = _norm(held, total)  # also of a rank that owns nothing: the others count on its part
         factor = ((self.norm + 1e-6) / self.max_norm).clamp(min=1.0)
         for i, collected in held:
             yield i, collected.divided_by(factor)
@@ -91,27 +91,29 @@ class LossScale(Transform):
     does the same in one process, but gives ranks that own different shards no way to agree.
     """
 
+    SMALLEST = 2.0**-24  # below this no loss scale will help
+
     def __init__(self, scale: float = 65536.0, growth_interval: int = 2000):
         self.scale, self.growth_interval = scale, growth_interval
         self.good_steps = 0
+        self.overflowed = False  # in the last step
 
     def __call__(self, stream: Stream, total: Total) -> Stream:
-        held = list(stream)
-        if held:
-            # The sum of squares of fp16-sized numbers does not overflow in the accumulator; inf and NaN survive it.
-            finite = math.isfinite(_norm(held, total).item())
-            self._adjust(finite)
-            if not finite:
-                return
-        divisor = self._divisor
+        held, scale = list(stream), self.scale
+        # inf and NaN survive the sum of squares. Reading it waits for the device: the price of deciding before applying.
+        self.overflowed = not math.isfinite(_norm(held, total).item())
+        self._adjust()
+        if self.overflowed:
+            return
         for i, collected in held:
-            yield i, collected.divided_by(torch.full((), divisor, device=collected.gradients[0].device))
+            yield i, collected.divided_by(torch.full((), scale, device=collected.gradients[0].device))
 
-    def _adjust(self, finite: bool) -> None:
-        self._divisor = self.scale  # of the gradients at hand, whatever the scale is next
-        self.good_steps = self.good_steps + 1 if finite else 0
-        if not finite:
+    def _adjust(self) -> None:
+        self.good_steps = 0 if self.overflowed else self.good_steps + 1
+        if self.overflowed:
             self.scale /= 2.0
+            if self.scale < self.SMALLEST:
+                raise NonFiniteError(f"fp16 gradients overflow at any loss scale, down to {self.scale:.1e}; try bf16")
         elif self.good_steps == self.growth_interval:
             self.scale, self.good_steps = self.scale * 2.0, 0
 
@@ -121,5 +123,5 @@ def _norm(held: Sequence[tuple[int, Collected]], total: Total) -> Tensor:
     gradients = [g for _, collected in held for g in collected.gradients]
     norm = torch.nn.utils.get_total_norm(gradients)
     norm = total(norm.square()).sqrt()
-    divisor = held[0][1].divisor
+    divisor = held[0][1].divisor if held else None
     return norm if divisor is None else norm / divisor

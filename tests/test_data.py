@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from distloop.data import Batches, Loading, Plan, derive_seed, permutation
 from distloop.errors import ConfigError, DataError
-from distloop.loading import Fetch, Placer
+from distloop.loading import Fetch, ToDevice
 from distloop.world import World
 
 
@@ -23,7 +23,7 @@ def test_every_sample_is_in_exactly_one_micro_batch(n: int, whole: int, micro: i
     plan = Plan(n, whole, micro if micro is None else min(micro, whole))
     seen: Counter[int] = Counter()
     for step in range(plan.steps):
-        shares = [plan.share(step, rank, ranks) for rank in range(ranks)]
+        shares = [plan.part(step, rank, ranks) for rank in range(ranks)]
         assert sum(map(len, shares)) == len(plan.batch(step))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1, "ranks get equally many, to within one sample"
         for rank in range(ranks):
@@ -166,7 +166,7 @@ def test_nested_batches_are_moved_whole() -> None:
     from collections import namedtuple
 
     Pair = namedtuple("Pair", "x y")
-    place = Placer(torch.device("meta"), pin=False)
+    place = ToDevice(torch.device("meta"), pin=False)
     moved = place({"a": [torch.zeros(2)], "b": Pair(torch.zeros(1), "text"), "c": (torch.zeros(3),)})
     assert moved["a"][0].is_meta and moved["b"].x.is_meta and moved["c"][0].is_meta
     assert moved["b"].y == "text"

@@ -76,7 +76,7 @@ class DropsTail(Batches):
 
     def extract(self, epoch: int, world: World) -> Iterator[Minibatch]:
         for minibatch in super().extract(epoch, world):
-            if minibatch.place.samples == self.plan.global_batch_size:
+            if minibatch.position.samples == self.plan.global_batch_size:
                 yield minibatch
 
 

@@ -21,9 +21,7 @@ class Bucket:
         self.shard = [Segment(name, p, 0, p.numel(), p.detach()) for name, p in members.items()]
         self.flat = torch.zeros(sum(s.stop for s in self.shard), dtype=first.dtype, device=first.device)
         sizes = [segment.stop for segment in self.shard]
-        self.gradients = [
-            view.view(s.parameter.shape) for view, s in zip(self.flat.split(sizes), self.shard, strict=True)
-        ]
+        self.gradients = [like(s, part) for s, part in zip(self.shard, self.flat.split(sizes), strict=True)]
         for segment, view in zip(self.shard, self.gradients, strict=True):
             segment.parameter.grad = view
 
@@ -33,7 +31,7 @@ class Bucket:
             if segment.parameter.grad is not view:
                 raise ConfigError(
                     f"the gradient of parameter {segment.name!r} no longer lies in its bucket: something replaced it "
-                    "or set it to None (zero_grad()?); distloop clears gradients itself"
+                    "or set it to None (zero_grad()?), or two learners have it; distloop clears gradients itself"
                 )
 
 
@@ -47,7 +45,7 @@ class BucketedAllReduce(Strategy):
         self.shards = [bucket.shard for bucket in self.buckets]
 
     def backward(self, loss: Tensor, weight: float, *, final: bool) -> None:
-        loss.backward(self.seed(loss, weight), inputs=self._list)
+        loss.backward(self.initial_gradient(loss, weight), inputs=self._list)
 
     def collect(self) -> Iterator[tuple[int, Sequence[Tensor]]]:
         for bucket in self.buckets:
@@ -59,6 +57,22 @@ class BucketedAllReduce(Strategy):
     def settle(self) -> None:
         for bucket in self.buckets:
             bucket.flat.zero_()
+
+
+def like(segment: Segment, part: Tensor) -> Tensor:
+    """Return a view of the flat ``part`` with the parameter's shape and strides (channels_last, say).
+
+    Element-wise kernels walk gradient and parameter side by side in memory, so they must lie alike.
+    """
+    p = segment.parameter
+    expected = 1
+    for stride, size in sorted(zip(p.stride(), p.shape, strict=True)):
+        if size > 1 and stride != expected:
+            raise ConfigError(
+                f"parameter {segment.name!r} has gaps or overlaps in memory (strides {p.stride()}); make it contiguous"
+            )
+        expected *= size
+    return part.as_strided(p.shape, p.stride(), part.storage_offset())
 
 
 def fill(parameters: Parameters, capacity: int) -> list[Parameters]:

@@ -60,7 +60,7 @@ class Strategy(ABC):
     def __init__(self, parameters: Parameters, transport: Transport):
         self.parameters, self.transport = parameters, transport
         self._list = list(parameters.values())
-        self._seed: tuple[float, Tensor] | None = None
+        self._initial: tuple[float, Tensor] | None = None
         agree_on_model(parameters, transport)
         for parameter in self._list:
             transport.broadcast(parameter.detach())
@@ -88,11 +88,11 @@ class Strategy(ABC):
         """Return a loss of zero that touches every parameter: the turn of a rank that has no samples."""
         return torch.stack([p.reshape(-1)[:0].sum() for p in self._list]).sum()
 
-    def seed(self, loss: Tensor, weight: float) -> Tensor:
-        """Return ``weight`` as the tensor from which backward starts: exact, and cheaper than multiplying the loss."""
-        if self._seed is None or self._seed[0] != weight:
-            self._seed = weight, torch.full_like(loss, weight, requires_grad=False)
-        return self._seed[1]
+    def initial_gradient(self, loss: Tensor, weight: float) -> Tensor:
+        """Return ``weight`` as the tensor from which backward starts, which is cheaper than multiplying the loss."""
+        if self._initial is None or self._initial[0] != weight:
+            self._initial = weight, torch.full_like(loss, weight, requires_grad=False)
+        return self._initial[1]
 
 
 def whole(parameters: Parameters) -> Shard:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -49,23 +49,25 @@ class DDP(Strategy):
 
     def backward(self, loss: Tensor, weight: float, *, final: bool) -> None:
         # DDP divides the sum by the number of ranks; the weight takes that back.
-        seed = self.seed(loss, weight * self.transport.size)
+        start = self.initial_gradient(loss, weight * self.transport.size)
         with nullcontext() if final else self._reducer.no_sync():
-            self._forward(loss).backward(seed, inputs=self._list)
+            self._reducer(loss).backward(start, inputs=self._list)
 
-    def _forward(self, loss: Tensor) -> Tensor:
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
         try:
-            result: Tensor = self._reducer(loss)
+            yield
         except RuntimeError as failure:
-            if "finished reduction" not in str(failure):
+            if "finish" not in str(failure) and "finalize" not in str(failure):
                 raise
             raise ConfigError(
-                f"rank {self.transport.rank}: the loss of the step before did not reach every parameter; set "
-                "strategy.unused_parameters to zeros, or freeze those that it never reaches"
+                f"rank {self.transport.rank}: the last micro-batch's loss did not reach every parameter, which ddp needs; "
+                "set strategy.unused_parameters to zeros, or freeze those that it never reaches"
             ) from failure
-        return result
 
     def collect(self) -> Iterator[tuple[int, Sequence[Tensor]]]:
+        with self._explained():
+            self._reducer._check_reducer_finalized()  # raises if a gradient is missing, which DDP would say a step late
         yield 0, [torch.zeros_like(p) if p.grad is None else p.grad for p in self._list]
 
     def settle(self) -> None:

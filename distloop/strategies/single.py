@@ -21,7 +21,7 @@ class Single(Strategy):
         self.shards = [whole(parameters)]
 
     def backward(self, loss: Tensor, weight: float, *, final: bool) -> None:
-        loss.backward(self.seed(loss, weight), inputs=self._list)
+        loss.backward(self.initial_gradient(loss, weight), inputs=self._list)
 
     def collect(self) -> Iterator[tuple[int, Sequence[Tensor]]]:
         yield 0, [torch.zeros_like(p) if p.grad is None else p.grad for p in self._list]
