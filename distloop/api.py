@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distloop.build import Builder, make_place
+from distloop.errors import found_by_all
 from distloop.session import Observer, Result
 from distloop.settings import Resolved, from_environment, from_file, from_mapping, resolve
 from distloop.tasks import check_task
@@ -42,7 +43,8 @@ def fit(
 
 def run(resolved: Resolved, world: World, *, task: Any = None, observers: Sequence[Observer] = ()) -> Result:
     """Run a resolved configuration as the rank that ``world`` says."""
-    builder = Builder(resolved, task)
+    with found_by_all():
+        builder = Builder(resolved, task)
     place = make_place(resolved.config, world)
     try:
         result = builder.session(place, observers).run()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,14 +50,40 @@ def save_model(path: Path, models: Mapping[str, nn.Module]) -> None:
         raise StorageError(f"{path}: cannot be written: {failure.strerror}") from failure
 
 
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write ``values`` for people and programs; JSON has no NaN and no infinity, so they become null.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(finite(values), indent=2) + "\n")
+    except OSError as failure:
+        raise StorageError(f"{path}: cannot be written: {failure.strerror}") from failure
+
+
+def finite(value: Any) -> Any:
+    """Return ``value`` with null in place of numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def make_durable(path: Path) -> None:
-    """Return when ``path`` and its name are on the disk."""
-    for place in (path, path.parent):
-        descriptor = os.open(place, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Return when ``path`` and its name are on the disk.
+
+    Raises:
+        StorageError: the disk refuses.
+    """
+    try:
+        for place in (path, path.parent):
+            descriptor = os.open(place, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    except OSError as failure:
+        raise StorageError(f"{path}: cannot be made durable: {failure.strerror}") from failure
 
 
 @torch.no_grad()

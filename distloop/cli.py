@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from distloop import __version__
+from distloop.errors import ConfigError, found_by_all
 
 if TYPE_CHECKING:
     from distloop.settings import Resolved
@@ -55,7 +56,8 @@ def train(context: click.Context, target: str, traceback: bool) -> None:
         from distloop.world import World
 
         world = World.from_environment()
-        resolved = _resolve(target, context.args)
+        with found_by_all():
+            resolved = _resolve(target, context.args)
         from distloop.api import run
 
         return run(resolved, world).exit_code
@@ -88,9 +90,12 @@ def config(context: click.Context, target: str, as_json: bool, traceback: bool) 
 def _resolve(target: str, arguments: list[str]) -> Resolved:
     """Return the configuration that a target and the settings behind it come to."""
     from distloop import settings
+    from distloop.tasks import TASKS
 
-    sys.path.insert(0, str(Path.cwd()))  # a task of the user's own is looked for where he stands
-    if ":" in target and not Path(target).exists():
+    sys.path.insert(0, str(Path.cwd()))  # a task of the user's own is looked for in the current folder
+    if target.startswith("-"):
+        raise ConfigError(f"command line: {target} stands where TARGET should: settings come behind it")
+    if target in TASKS or (":" in target and not Path(target).exists()):
         base = {"task.name": settings.Setting(target, "command line")}
     else:
         base = settings.from_file(Path(target))

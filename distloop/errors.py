@@ -6,7 +6,8 @@ The exit codes are part of the interface: a job script may branch on them.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 INTERRUPTED = 130  # 128 + SIGINT
 TERMINATED = 143  # 128 + SIGTERM
@@ -25,13 +26,20 @@ class DistloopError(Exception):
         self.everywhere = everywhere
 
 
+@contextmanager
+def found_by_all() -> Iterator[None]:
+    """Mark errors raised inside as found by all ranks alike: they come from what every rank is given."""
+    try:
+        yield
+    except DistloopError as failure:
+        failure.everywhere = True
+        raise
+
+
 class ConfigError(DistloopError):
     """The configuration, the command line or the user's task is wrong."""
 
     exit_code = 2
-
-    def __init__(self, message: str, *, everywhere: bool = True):
-        super().__init__(message, everywhere=everywhere)
 
 
 class WorldError(DistloopError):

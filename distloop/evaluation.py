@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from distloop.data import Batches, Loading, Plan
 from distloop.errors import ConfigError
-from distloop.messages import gather_uneven
+from distloop.messages import gather_json, gather_uneven
 from distloop.transports import Alone, Transport
 from distloop.world import World
 
@@ -49,9 +50,9 @@ class Evaluation:
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
         self._task, self._models = task, models
-        # A rank without a sample would have no metric to add to; so few samples every rank evaluates itself.
-        self._everyone = size < world.size
-        self._world, self._transport = (World(), Alone()) if self._everyone else (world, transport)
+        # torchmetrics of a rank without a sample cannot be gathered; so few samples every rank evaluates itself.
+        self._world, self._transport = (World(), Alone()) if size < world.size else (world, transport)
+        self._everyone = transport
         self._batches = Batches(
             samples,
             Plan(size, size, min(batch_size, size)),
@@ -64,39 +65,65 @@ class Evaluation:
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
-        """Return every metric of the whole data set, the same on every rank."""
-        modes = [(model, model.training) for model in self._models]
+        """Return every metric of the whole data set, to the bit the same on every rank."""
+        sums: dict[str, Tensor] = {}
+        with self._evaluating():
+            for minibatch in self._batches.extract(0, self._world):
+                for micro_batch in minibatch:
+                    self._add(micro_batch.batch, sums)
+            values = self._totals(sums) | self._stateful()
+        # What follows from them (patience, the best) must be decided alike: rank 0's floats count.
+        agreed: dict[str, float] = gather_json(self._everyone, values)[0]
+        return agreed
+
+    @torch.no_grad()
+    def names(self) -> list[str]:
+        """Return the metrics' names, as a first batch shows them."""
+        first = next(self._batches.extract(0, World())).micro_batches[0]
+        sums: dict[str, Tensor] = {}
+        with self._evaluating():
+            self._add(first.batch, sums)
+        for metric in self._objects().values():
+            metric.reset()
+        return [*sums, *self._objects()]
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Put all modules into evaluation mode, and each back into its own afterwards."""
+        modes = [(module, module.training) for model in self._models for module in model.modules()]
         for model in self._models:
             model.eval()
-        sums: dict[str, Tensor] = {}
-        for minibatch in self._batches.extract(0, self._world):
-            for micro_batch in minibatch:
-                with self._precision():
-                    for name, pair in self._task.evaluate(micro_batch.batch).items():
-                        amount = _pair(name, pair)
-                        sums[name] = sums[name] + amount if name in sums else amount
-        for model, training in modes:
-            model.train(training)
-        return self._totals(sums) | self._stateful()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def _add(self, batch: Any, sums: dict[str, Tensor]) -> None:
+        with self._precision():
+            for name, pair in self._task.evaluate(batch).items():
+                amount = _pair(name, pair)
+                sums[name] = sums[name] + amount if name in sums else amount
 
     def _totals(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        if not sums:
-            return {}
-        own = torch.stack([pair.cpu() for pair in sums.values()])
-        totals = self._transport.all_gather(own).wait().sum(0).tolist()
-        return {
-            name: total / count if count else float("nan") for name, (total, count) in zip(sums, totals, strict=True)
-        }
+        """Add the sums of all ranks, by name: a rank may have none of a metric."""
+        by_rank = gather_json(self._transport, {name: pair.tolist() for name, pair in sums.items()})
+        names = list(dict.fromkeys(name for own in by_rank for name in own))
+        totals = {name: [sum(own.get(name, (0.0, 0.0))[i] for own in by_rank) for i in (0, 1)] for name in names}
+        return {name: total / count if count else math.nan for name, (total, count) in totals.items()}
+
+    def _objects(self) -> dict[str, Any]:
+        """Return the task's torchmetrics objects."""
+        return {n: m for n, m in getattr(self._task, "metrics", {}).items() if hasattr(m, "compute")}
 
     def _stateful(self) -> dict[str, float]:
         """Return the values of torchmetrics objects, whose states are gathered through this transport."""
         values = {}
-        for name, metric in getattr(self._task, "metrics", {}).items():
-            if hasattr(metric, "compute"):
-                metric.dist_sync_fn = lambda state, group=None: gather_uneven(self._transport, state)
-                metric.distributed_available_fn = lambda: self._transport.size > 1
-                values[name] = float(metric.compute())
-                metric.reset()
+        for name, metric in self._objects().items():
+            metric.dist_sync_fn = lambda state, group=None: gather_uneven(self._transport, state)
+            metric.distributed_available_fn = lambda: self._transport.size > 1
+            values[name] = float(metric.compute())
+            metric.reset()
         return values
 
 
@@ -104,7 +131,8 @@ def _pair(name: str, pair: Any) -> Tensor:
     try:
         total, count = pair
         values = [
-            t.detach().double() if isinstance(t, Tensor) else torch.tensor(float(t)).double() for t in (total, count)
+            t.detach().double() if isinstance(t, Tensor) else torch.tensor(float(t), dtype=torch.float64)
+            for t in (total, count)
         ]
         device = next((t.device for t in (total, count) if isinstance(t, Tensor)), None)
         return torch.stack([v.to(device) for v in values])

@@ -16,6 +16,7 @@ LOST = (
     "Connection reset by peer",
     "Connection refused",
     "Broken pipe",
+    "remote process exited",
     "Timed out waiting",
     "Timeout waiting",
 )

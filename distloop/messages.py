@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distloop.errors import MismatchError
 from distloop.transports import Transport
 
 
 def gather_json(transport: Transport, value: Any) -> list[Any]:
     """Return every rank's ``value``, by rank."""
     return [json.loads(bytes(row.tolist())) for row in gather_uneven(transport, _bytes(value))]
+
+
+def agree_on(transport: Transport, facts: Mapping[str, Any], what: str) -> None:
+    """Check that all ranks know the same facts.
+
+    Raises:
+        MismatchError: they do not, on all ranks alike; names the first difference, with both sides.
+    """
+    by_rank = gather_json(transport, dict(facts))
+    for rank, theirs in enumerate(by_rank):
+        for key in [*by_rank[0], *theirs]:
+            one, other = by_rank[0].get(key), theirs.get(key)
+            if one != other:
+                raise MismatchError(f"ranks differ in {what}: {key} is {one!r} on rank 0 and {other!r} on rank {rank}")
 
 
 def gather_uneven(transport: Transport, tensor: Tensor) -> list[Tensor]:

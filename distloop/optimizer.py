@@ -7,6 +7,7 @@ brings (0.8 CPU seconds of a process's start; docs/decisions/0003). Any other op
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,8 +39,7 @@ class Group:
     def counters(self) -> list[Tensor]:
         """Return the number of updates so far, one scalar per segment, where torch's kernels want to find it."""
         if "step" not in self.state:
-            on_device = self.values[0].is_cuda
-            self.state["step"] = [torch.zeros((), device=v.device if on_device else "cpu") for v in self.values]
+            self.state["step"] = [torch.zeros((), device=v.device) for v in self.values]
         return self.state["step"]
 
 
@@ -152,8 +152,8 @@ class Torch(Rule):
 
     def _build(self, group: Group, lr: float) -> torch.optim.Optimizer:
         options = dict(self._options)
-        if group.weight_decay:
-            options["weight_decay"] = group.weight_decay
+        if "weight_decay" in inspect.signature(self._make).parameters:
+            options["weight_decay"] = group.weight_decay  # the class's own default would decay biases too
         self._instances[id(group)] = optimizer = self._make(group.values, lr=lr, **options)
         return optimizer
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from distloop.agreement import Agreement, Signals, Stop
-from distloop.checkpoint import load_model, make_durable, save_model
+from distloop.checkpoint import load_model, make_durable, save_model, write_json
 from distloop.errors import INTERRUPTED, TERMINATED, ConfigError, nearest
 from distloop.evaluation import Evaluation
 from distloop.learner import Learner
@@ -37,7 +36,7 @@ class Record:
     values: Mapping[str, Any]
 
 
-# Called on rank 0 with every record; a true return value asks for a stop.
+# Called on rank 0 with every record; returning True asks for a stop.
 Observer = Callable[[Record], object]
 
 
@@ -147,12 +146,10 @@ class Session:
         return self._finish(reason, stopped, time.monotonic() - begun)
 
     def _epochs(self) -> Iterable[int]:
-        """Yield epoch numbers; between two of them, evaluate if it is time."""
+        """Yield epoch numbers, for ever if no number of epochs is set."""
         limits, epoch = self.limits, 0
         while limits.epochs is None or epoch < limits.epochs:
             self.epoch = epoch
-            for model in self._models.values():
-                model.train()
             yield epoch
             epoch += 1
 
@@ -192,8 +189,9 @@ class Session:
         assert self._evaluation is not None
         self._evaluated_at = self.step
         for learner in self.learners:
-            learner.share_buffers(self.transport)
+            learner.average_statistics(self.transport)
         self._metrics = self._evaluation()
+        self._ledger.restart_clock()
         if not self._metrics:
             return None
         name, sign = self._watched = self._watched or self._choose_metric()
@@ -217,7 +215,9 @@ class Session:
     def _choose_metric(self) -> tuple[str, float]:
         name = self.monitor.metric or next(iter(self._metrics))
         if name not in self._metrics:
-            raise ConfigError(f"monitor.metric: evaluation returned no metric {name!r}{nearest(name, self._metrics)}")
+            raise ConfigError(
+                f"monitor.metric: this evaluation returned no metric {name!r}{nearest(name, self._metrics)}"
+            )
         lower = self.monitor.mode == "min" if self.monitor.mode else _lower_is_better(name)
         return name, 1.0 if lower else -1.0
 
@@ -228,11 +228,9 @@ class Session:
             load_model(path, self._models, self.transport)
         else:
             for learner in self.learners:
-                learner.share_buffers(self.transport)
+                learner.average_statistics(self.transport)
             if self.world.rank == 0:
                 save_model(path, self._models)
-        if self.world.rank == 0:
-            make_durable(path)
         result = Result(
             reason=reason,
             steps=self.step,
@@ -249,14 +247,15 @@ class Session:
             exit_code={Stop.INTERRUPTED: INTERRUPTED, Stop.TERMINATED: TERMINATED}.get(stopped, 0),
         )
         if self.world.rank == 0:
-            (self.directory / "result.json").write_text(json.dumps(result.as_dict(), indent=2) + "\n")
+            write_json(self.directory / "result.json", result.as_dict())
+            make_durable(path)
         self._emit("end", result.as_dict())
         return result
 
     def _emit(self, kind: str, values: Mapping[str, Any]) -> None:
         record = Record(kind, self.step, self.epoch, values)
         for observer in self._observers:
-            if observer(record):
+            if observer(record) is True:
                 self._agreement.ask(Stop.ASKED)
 
 

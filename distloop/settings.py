@@ -34,6 +34,7 @@ class Resolved:
 
     config: Config
     sources: Mapping[str, str]
+    layers: Mapping[str, int]  # which of the layers a value came from; the higher wins
 
     def rows(self) -> Iterator[tuple[str, Any, str]]:
         """Yield (dotted key, value, source) for every value."""
@@ -60,10 +61,14 @@ class Resolved:
             )
 
     def refuse_unread(self, section: str, method: str, read: Collection[str]) -> None:
-        """Refuse a key that was given although the chosen method does not read it."""
+        """Refuse a key that was given although the chosen method does not read it.
+
+        What a file says beside one name does not count when a higher layer chooses another name.
+        """
+        chosen = self.layers.get(f"{section}.name", 0)
         for dotted in self.sources:
             head, _, key = dotted.partition(".")
-            if head == section and key not in read:
+            if head == section and key not in read and self.layers[dotted] >= chosen:
                 raise self.error(dotted, f"{method} does not read it; it reads {', '.join(sorted(read))}")
 
     def nested(self) -> dict[str, Any]:
@@ -82,8 +87,10 @@ def resolve(*layers: Settings) -> Resolved:
     from distloop.config import Config
 
     merged: Settings = {}
-    for layer in layers:
+    heights: dict[str, int] = {}
+    for height, layer in enumerate(layers):
         merged |= layer
+        heights |= dict.fromkeys(layer, height)
     nested: dict[str, dict[str, Any]] = {}
     for dotted, setting in merged.items():
         section, key = check_key(dotted, setting.source)
@@ -98,7 +105,7 @@ def resolve(*layers: Settings) -> Resolved:
         raise ConfigError(
             f"{source}: data.micro_batch_size: {micro} is more than data.global_batch_size, which is {whole}"
         )
-    return Resolved(config, {dotted: setting.source for dotted, setting in merged.items()})
+    return Resolved(config, {dotted: setting.source for dotted, setting in merged.items()}, heights)
 
 
 def check_section(section: str, source: str, dotted: str = "") -> None:

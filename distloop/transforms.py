@@ -100,7 +100,7 @@ class LossScale(Transform):
 
     def __call__(self, stream: Stream, total: Total) -> Stream:
         held, scale = list(stream), self.scale
-        # inf and NaN survive the sum of squares. Reading it waits for the device: the price of deciding before applying.
+        # inf and NaN survive the sum of squares. Reading it waits for the device: the price of deciding first.
         self.overflowed = not math.isfinite(_norm(held, total).item())
         self._adjust()
         if self.overflowed:

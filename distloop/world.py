@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ class Launcher:
     rank: str
     size: str
     local_rank: str
-    local_size: str
+    local_size: str  # "" where the launcher has no such variable
 
 
 # In order of precedence: torchrun may run inside a Slurm job, so the innermost launcher comes first.
@@ -33,7 +34,7 @@ LAUNCHERS = (
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
     Launcher("MPICH", "PMI_RANK", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    Launcher("Slurm", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+    Launcher("Slurm", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", ""),
 )
 
 
@@ -71,7 +72,7 @@ class World:
         size = _number(env, launcher, launcher.size, least=1)
         # Ranks that do not say otherwise are taken to share one host.
         local_rank = _number(env, launcher, launcher.local_rank, least=0, default=rank)
-        local_size = _number(env, launcher, launcher.local_size, least=1, default=size)
+        local_size = _number(env, launcher, launcher.local_size, least=1, default=_slurm_tasks(env) or size)
         if rank >= size:
             raise WorldError(
                 f"{launcher.rank}={rank} (set by {launcher.name}) is outside the world: "
@@ -83,6 +84,15 @@ class World:
                 f"{launcher.local_size}={local_size} allows local ranks 0 to {local_size - 1}"
             )
         return cls(rank, size, local_rank, local_size, launcher.name)
+
+
+def _slurm_tasks(env: Mapping[str, str]) -> int | None:
+    """Return the number of tasks on this node of a Slurm step: ``SLURM_STEP_TASKS_PER_NODE`` is like ``3(x2),1``."""
+    counts: list[int] = []
+    for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        counts += [int(tasks)] * int(times or 1)
+    node = env.get("SLURM_NODEID", "")
+    return counts[int(node)] if node.isdigit() and int(node) < len(counts) else None
 
 
 def _number(env: Mapping[str, str], launcher: Launcher, name: str, *, least: int, default: int | None = None) -> int:

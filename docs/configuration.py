@@ -11,9 +11,9 @@ from distloop.config import Config
 
 HEAD = """# Configuration
 
-Written by `make docs` from the schema; `distloop config FILE` shows what a file comes to. A value is set in a YAML file (section, key), by
-an environment variable (`DISTLOOP_OPTIMIZER__LR=0.1`), on the command line (`--optimizer.lr 0.1`), or in Python
-(`fit(task, optimizer={"lr": 0.1})`); the later wins over the earlier.
+Written by `make docs` from the schema; `distloop config FILE` shows what a file comes to. A value is set in a YAML file
+(section, key), by an environment variable (`DISTLOOP_OPTIMIZER__LR=0.1`), on the command line (`--optimizer.lr 0.1`),
+or in Python (`fit(task, optimizer={"lr": 0.1})`); the later wins over the earlier.
 """
 
 

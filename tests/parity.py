@@ -85,6 +85,18 @@ class Classifier:
         return F.cross_entropy(guesses, targets)
 
 
+class Convolution(Classifier):
+    """Parameters in channels_last lie in memory in another order than their gradient's bucket would by itself."""
+
+    def __init__(self, case: Case):
+        convolution = nn.Conv2d(5, 6, (1, 3), padding=(0, 1), dtype=case.dtype)
+        self.model = nn.Sequential(convolution, nn.Tanh(), nn.Flatten(), nn.Linear(12, 3, dtype=case.dtype))
+        self.model.to(memory_format=torch.channels_last)
+
+    def guess(self, batch: Any) -> Tensor:
+        return self.model(torch.stack([batch[1], batch[1].flip(1)], dim=-1)[:, :, None, :])
+
+
 class Tokens(Classifier):
     """A mean over the valid tokens of samples of different lengths; some samples may have none."""
 
@@ -143,6 +155,8 @@ def make_objectives(case: Case) -> dict[str, Any]:
 def _make_objectives(case: Case) -> dict[str, Any]:
     if case.task == "classifier":
         return {"classifier": Classifier(case)}
+    if case.task == "convolution":
+        return {"classifier": Convolution(case)}
     if case.task == "tokens":
         return {"tokens": Tokens(case)}
     generating = Net(4, 5, case.dtype)
@@ -178,7 +192,7 @@ class Spy(Transform):
         if held:
             self.outcome.gradients.append(
                 {
-                    name: g.detach().clone().view(-1)
+                    name: g.detach().clone().reshape(-1)
                     for i, c in held
                     for name, g in zip(self.names[i], c.gradients, strict=True)
                 }
@@ -283,7 +297,7 @@ def trained_plainly(case: Case) -> Outcome:
             if case.clip_value is not None:
                 nn.utils.clip_grad_value_(o.model.parameters(), case.clip_value)
             outcome.gradients.append(
-                {f"{name}.{k}": p.grad.clone().view(-1) for k, p in o.model.named_parameters() if p.grad is not None}
+                {f"{name}.{k}": p.grad.clone().reshape(-1) for k, p in o.model.named_parameters() if p.grad is not None}
             )
             hands[name].step()
     for name, o in objectives.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -71,7 +72,13 @@ def test_torchrun(tmp_path: Path) -> None:
         DIGITS,
     ]
     done = subprocess.run(
-        [*command, "--optimizer.lr", "0.003"], capture_output=True, text=True, cwd=tmp_path, timeout=100, check=False
+        [*command, "--optimizer.lr", "0.003"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=100,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
     assert "2 ranks started by torchrun" in done.stdout
@@ -83,9 +90,46 @@ def test_torchrun(tmp_path: Path) -> None:
     }
 
 
+TWICE = """
+import torch, distloop
+from torch import nn
+from torch.utils.data import TensorDataset
+
+for strategy in ("ddp", "naive"):
+    data = TensorDataset(torch.randn(20, 4), torch.arange(20) % 2)
+    task = distloop.Supervised(nn.Linear(4, 2), nn.CrossEntropyLoss(), data)
+    result = distloop.fit(task, train={"epochs": 1}, strategy={"name": strategy}, log={"picture": False})
+    print(f"steps {result.steps}", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_may_train_twice(tmp_path: Path) -> None:
+    (tmp_path / "twice.py").write_text(TWICE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "twice.py"]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=100,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("steps 1") == 4
+
+
 MISTAKES = [
     ("missing.yaml", [], 2, "missing.yaml: there is no such file"),
-    ("digits", [], 2, "digits: there is no such file"),
+    ("digit", [], 2, "digit: there is no such file"),
+    ("--train.epochs", ["1"], 2, "settings come behind it"),
+    (":Fine", [], 2, "is not of the form package.module:Name"),
+    ("tests.user_tasks:RANK", [], 2, "is a int, which cannot be called"),
+    ("tests.user_raises:Task", [], 2, "importing tests.user_raises failed: RuntimeError: at import"),
+    ("tests.user_tasks:NoValidation", ["--monitor.patience", "3"], 2, "monitor.patience: needs validation data"),
+    (DIGITS, ["--task.hidden", "0"], 2, "task.hidden: 0 is too small"),
+    (DIGITS, ["--optimizer.name", "torch.optim:LBFGS"], 2, "evaluates the loss several times"),
     (DIGITS, ["--optimizer.rl", "1"], 2, "optimizer.rl: unknown key 'rl'"),
     (DIGITS, ["--optimizer.lr", ".nan"], 2, "command line --optimizer.lr: optimizer.lr: nan is wrong"),
     (DIGITS, ["--data.global_batch_size", "0"], 2, "data.global_batch_size: 0 is wrong"),
@@ -97,7 +141,7 @@ MISTAKES = [
     (DIGITS, ["--monitor.metric", "acuracy"], 2, "no metric 'acuracy' (did you mean 'accuracy'?)"),
     (DIGITS, ["--optimizer.name", "torch.optim:Admin"], 2, "has no 'Admin'"),
     (DIGITS, ["--log.observers", "[tests.user_tasks:observe]"], 2, "has no 'observe' (did you mean 'observer'?)"),
-    (DIGITS, ["--world.backend", "nccl"], 3, "backend nccl needs a GPU"),
+    (DIGITS, ["--world.backend", "nccl"], 3, "backend nccl needs models on GPUs"),
     (DIGITS, ["--world.device", "cuda"], 3, "sees no GPU here"),
     (DIGITS, ["--log.directory", "/proc/nowhere"], 21, "cannot be made"),
     ("tests.user_tasks:Fin", [], 2, "has no 'Fin' (did you mean 'Fine'?)"),
@@ -105,7 +149,7 @@ MISTAKES = [
     ("tests.user_tasks:NoCollect", [], 2, "has no method collect(epoch)"),
     ("tests.user_tasks:NoObjectives", [], 2, "has no objectives"),
     ("tests.user_tasks:LacksALoss", [], 2, "objective 'half' of task LacksALoss lacks 'targets'"),
-    ("tests.user_tasks:Raises", [], 2, "cannot be made: the user's own reason"),
+    ("tests.user_tasks:Raises", [], 2, "cannot be made: ValueError: the user's own reason"),
     ("tests.user_tasks:VectorLoss", [], 2, "returned a tensor of shape (20,); it must be a scalar"),
     ("tests.user_tasks:FloatLoss", [], 2, "returned a float; it must return a scalar tensor"),
     ("tests.user_tasks:DetachedLoss", [], 2, "depends on no trained parameter"),
@@ -142,6 +186,15 @@ IN_COMPANY = [
     ("tests.user_tasks:UnusedOnOneRank", "ddp", {2}, "the loss does not reach parameters spare.weight"),
     ("tests.user_tasks:UnusedOnOneRank", "naive", {0}, ""),
     ("tests.user_tasks:OtherModelOnOneRank", "ddp", {12}, "model differs from rank 0's at parameter 0"),
+    ("tests.user_tasks:DetachedOnTheLastRank", "naive", {2, 10}, "depends on no trained parameter"),
+    (
+        "tests.user_tasks:UnusedLast",
+        "ddp --data.micro_batch_size 5",
+        {2},
+        "the loss does not reach parameters spare.weight",
+    ),
+    ("tests.user_tasks:UnusedLater", "ddp", {2, 10}, "did not reach every parameter"),
+    ("tests.user_tasks:OtherLength", "naive", {12}, "number of samples is 20 on rank 0 and 21 on rank 1"),
     ("tests.user_tasks:CorruptSample", "naive", {4, 10}, "reading sample 7 failed"),
     ("tests.user_tasks:NaNOnTheLastRank", "ddp", {13}, "learner 'model', on rank 1"),
     ("tests.user_tasks:KilledRank", "ddp", {10, -9}, "another rank ended"),
@@ -154,7 +207,8 @@ def test_in_company_one_rank_speaks_and_all_end_soon(
     tmp_path: Path, target: str, strategy: str, expected: set[int], message: str
 ) -> None:
     begun = time.monotonic()
-    codes, _, err = train(tmp_path, target, "--strategy.name", strategy, "--log.picture", "false", ranks=2)
+    settings = ("--strategy.name", *strategy.split(), "--log.picture", "false")
+    codes, _, err = train(tmp_path, target, *settings, ranks=2)
     assert set(codes) == expected, err
     assert len(sentences(err)) == bool(message)
     assert message in err

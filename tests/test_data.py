@@ -106,6 +106,19 @@ def test_all_ways_of_reading_give_the_same_batches(samples: Any, workers: int) -
     assert [batch[1][:, 0].tolist() for batch in read] == [e.tolist() for e in expected]
 
 
+class Augmented(TensorDataset):
+    """A subclass with a __getitem__ of its own, which must not be passed over."""
+
+    def __getitem__(self, index: int) -> Any:
+        number, value = super().__getitem__(index)
+        return number, value + 100.0
+
+
+def test_a_subclass_of_tensor_dataset_is_read_by_its_own_method() -> None:
+    (batch,) = (m.batch for b in Batches(Augmented(*TENSORS.tensors), Plan(20, 20)).extract(0, World()) for m in b)
+    assert float(batch[1].min()) == 100.0
+
+
 def test_batched_fetching_is_used_where_it_is_offered() -> None:
     Many.calls = 0
     list(Batches(Many(), Plan(20, 10)).extract(0, World()))

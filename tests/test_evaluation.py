@@ -100,6 +100,25 @@ def test_torchmetrics_are_exact_too(n: int) -> None:
         assert values == pytest.approx(torchmetrics_by_hand(n), rel=1e-5)
 
 
+class Named:
+    """Ranks meet different metrics, in different orders."""
+
+    def evaluate(self, batch: Any) -> Any:
+        labels = batch[1].tolist()
+        return {f"class {label}": (float(label), 1.0) for label in dict.fromkeys(labels)} | {"big": (2.0**24 + 1, 1)}
+
+
+def evaluated_by_name(transport: Transport) -> dict[str, float]:
+    samples = TensorDataset(torch.zeros(6, 1), torch.tensor([0, 1, 1, 2, 2, 0]))
+    world = World(transport.rank, transport.size, transport.rank, transport.size)
+    return Evaluation(Named(), samples, 6, batch_size=6, models=[], world=world, transport=transport, device=CPU)()
+
+
+def test_metrics_are_added_by_name() -> None:
+    for values in in_threads(3, evaluated_by_name):
+        assert values == {"class 0": 0.0, "class 1": 1.0, "class 2": 2.0, "big": 2.0**24 + 1}
+
+
 def test_evaluating_twice_gives_the_same() -> None:
     net, total = model(), []
     task = distloop.Supervised(net, nn.CrossEntropyLoss(), data(9), metrics=softmaxed())
@@ -109,6 +128,13 @@ def test_evaluating_twice_gives_the_same() -> None:
     for _ in range(2):
         total.append(evaluation())
     assert total[0] == total[1], "metrics are reset in between"
+
+
+def evaluated_with_nothing_valid() -> Any:
+    """A batch whose mean is over nothing (0/0) counts for nothing."""
+    task = distloop.Supervised(model(), nn.CrossEntropyLoss(ignore_index=0), data(2), weight=lambda batch: 0.0)
+    with torch.no_grad():
+        return task.evaluate((torch.randn(2, 4), torch.zeros(2).long()))["loss"]
 
 
 def test_a_weighted_loss_is_a_mean_over_what_it_counts() -> None:
@@ -128,4 +154,5 @@ def test_a_weighted_loss_is_a_mean_over_what_it_counts() -> None:
         device=CPU,
     )
     inputs, labels = data(20).tensors
+    assert any((part == 0).all() for part in labels.split(3)) or evaluated_with_nothing_valid() == (0.0, 0.0)
     assert evaluation()["loss"] == pytest.approx(loss(net(inputs), labels).item(), rel=1e-6)

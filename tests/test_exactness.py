@@ -21,7 +21,7 @@ def cases(draw: st.DrawFn) -> Case:
     """Any task, split in any way: fewer samples than ranks, primes, tails, samples without a token."""
     global_batch_size = draw(st.integers(1, 12))
     return Case(
-        task=draw(st.sampled_from(["classifier", "tokens", "gan"])),
+        task=draw(st.sampled_from(["classifier", "tokens", "gan", "convolution"])),
         samples=draw(st.sampled_from([1, 2, 3, 5, 7, 8, 12, 13, 23])),
         global_batch_size=global_batch_size,
         micro_batch_size=draw(st.none() | st.integers(1, global_batch_size)),
@@ -92,6 +92,13 @@ def test_parameters_that_no_loss_reaches_get_zeros_if_asked_for(strategy: str) -
     outcomes = in_processes(2, trained_by_distloop, case)
     expected = trained_plainly(case)
     assert max(difference(outcome, expected) for outcome in outcomes) <= tolerance(case)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "naive"])
+def test_memory_layouts_other_than_the_usual(strategy: str) -> None:
+    case = Case(strategy=strategy, task="convolution", micro_batch_size=3, rule="adamw")
+    outcomes = in_processes(2, trained_by_distloop, case)
+    assert max(difference(outcome, trained_plainly(case)) for outcome in outcomes) <= tolerance(case)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "naive"])

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from distloop import optimizer as optimizers
+from distloop.errors import NonFiniteError
 from distloop.strategies.base import whole
 from distloop.transforms import ClipByNorm, ClipByValue, Collected, LossScale, Stream
 
@@ -87,6 +88,19 @@ def test_a_pending_division_is_carried_out(name: str, dtype: torch.dtype) -> Non
     assert torch.allclose(*ends, rtol=1e-6 if dtype == torch.float32 else 1e-13, atol=0)
 
 
+def test_a_class_decays_what_it_is_told_to_and_nothing_else() -> None:
+    """torch.optim.AdamW's own default would decay biases by 0.01."""
+    own = parameters(torch.float64)
+    optimizer = optimizers.Optimizer(
+        optimizers.Torch(torch.optim.AdamW, {}), [whole(own)], {"weight": 0.1, "bias": 0.0, "other": 0.0}
+    )
+    optimizer.lr = 0.5
+    before = {n: p.detach().clone() for n, p in own.items()}
+    optimizer.apply(Collected([torch.zeros_like(p) for p in own.values()]), optimizer.shards[0])
+    assert torch.allclose(own["weight"], before["weight"] * 0.95)
+    assert torch.equal(own["bias"], before["bias"])
+
+
 def one_by_one(values: list[torch.Tensor]) -> Stream:
     yield from ((i, Collected([value])) for i, value in enumerate(values))
 
@@ -142,5 +156,9 @@ def test_loss_scale_halves_on_overflow_grows_after_good_steps_and_unscales() -> 
     assert scale.scale == 8.0
     assert step([torch.tensor([math.nan])]) == []
     assert scale.scale == 4.0
+    scale.scale = LossScale.SMALLEST
+    with pytest.raises(NonFiniteError, match="overflow at any loss scale"):
+        step(bad)
+    scale.scale = 1.0
     # Another rank's shard overflowed: this rank must skip as well.
     assert step(good, lambda amount: amount + math.inf) == []

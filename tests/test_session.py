@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 import distloop
 from distloop.agreement import Agreement, Signals, Stop
 from distloop.build import Builder, Place
-from distloop.errors import NonFiniteError, StorageError
+from distloop.errors import ConfigError, MismatchError, NonFiniteError, StorageError
 from distloop.settings import from_mapping, resolve
 from distloop.transports import Alone, ThreadCluster, Transport
 from distloop.world import World
@@ -177,7 +177,7 @@ def test_early_stopping_and_the_best_model_at_the_end(tmp_path: Path) -> None:
         if record.kind == "evaluate":
             states.append(given.objectives["model"].model.weight.detach().clone())
 
-    result = fit(tmp_path, [keep], given, monitor={"metric": "score", "patience": 1}, train={"epochs": 8})
+    result = fit(tmp_path, [keep], given, monitor={"patience": 1}, train={"epochs": 8})
     assert result.reason == "no better score in 2 evaluations"
     assert (result.best, result.best_step, result.steps) == (3.0, 16, 32)
     assert (result.metrics, result.last_metrics) == ({"score": 3.0}, {"score": 2.0})
@@ -188,7 +188,7 @@ def test_early_stopping_and_the_best_model_at_the_end(tmp_path: Path) -> None:
 def test_without_keep_best_the_last_model_stays(tmp_path: Path) -> None:
     train, validation = problem()
     given = Worsens(nn.Linear(4, 2), nn.CrossEntropyLoss(), train, validation)
-    result = fit(tmp_path, (), given, monitor={"metric": "score", "keep_best": False})
+    result = fit(tmp_path, (), given, monitor={"keep_best": False})
     assert result.best_step == 16
     weight = given.objectives["model"].model.weight
     assert torch.equal(load_file(result.directory / "model.safetensors")["weight"], weight)
@@ -210,6 +210,60 @@ def test_plateau_follows_the_watched_metric(tmp_path: Path) -> None:
     result = fit(tmp_path, (), given, schedule={"name": "plateau", "patience": 0, "gamma": 0.5}, train={"epochs": 4})
     rates = {r["step"]: r["lr"] for r in records(tmp_path, result) if r["kind"] == "train"}
     assert [rates[step] for step in (8, 16, 24, 32)] == [0.1, 0.1, 0.1, 0.05]
+
+
+def test_only_true_asks_for_a_stop(tmp_path: Path) -> None:
+    assert (
+        fit(tmp_path, [lambda record: "a file's write returns how many letters it wrote"]).reason == "all epochs done"
+    )
+
+
+def test_a_metric_is_looked_for_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no metric 'acuracy' \(did you mean 'accuracy'\?\)"):
+        fit(tmp_path, monitor={"metric": "acuracy"})
+    assert not list(tmp_path.iterdir()), "nothing was begun"
+
+
+def test_frozen_parameters_are_the_same_on_all_ranks_too(tmp_path: Path) -> None:
+    def given(rank: int) -> distloop.Supervised:
+        backbone = nn.Linear(4, 4)
+        with torch.no_grad():
+            backbone.weight.fill_(float(rank + 1))
+        return task(model=nn.Sequential(backbone.requires_grad_(False), nn.Linear(4, 2)))
+
+    models = [given(rank) for rank in range(2)]
+    (_, one), (_, other) = run_in_threads(2, tmp_path, lambda rank: models[rank])
+    assert (one["0.weight"] == 1.0).all()
+    for key in one:
+        assert torch.equal(one[key], other[key]), key
+
+
+def test_ranks_with_different_configurations_are_told_which_key(tmp_path: Path) -> None:
+    def work(transport: Transport) -> Any:
+        return run_as_rank(
+            transport, tmp_path, lambda rank: task(), lambda rank: (), {"optimizer": {"lr": 0.1 * (transport.rank + 1)}}
+        )
+
+    with pytest.raises(MismatchError, match=r"optimizer\.lr is 0\.1 on rank 0 and 0\.2 on rank 1"):
+        ThreadCluster(2, 20).run(work)
+
+
+def test_modules_stay_in_the_mode_their_owner_chose(tmp_path: Path) -> None:
+    frozen = nn.BatchNorm1d(4).eval()
+    modes: list[tuple[bool, bool]] = []
+    model = nn.Sequential(frozen, nn.Linear(4, 2))
+    fit(tmp_path, [lambda record: modes.append((model.training, frozen.training))], task(model=model))
+    assert set(modes) == {(True, False)}
+
+
+def test_sync_batch_norm_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="SyncBatchNorm waits for every rank"):
+        run_in_threads(2, tmp_path, lambda rank: task(model=nn.Sequential(nn.SyncBatchNorm(4), nn.Linear(4, 2))))
+
+
+def test_a_loss_that_is_nan_under_fp16_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match="step 5, learner 'model'"):
+        fit(tmp_path, (), task(model=Breaks(5, float("nan"))), precision={"name": "fp16"})
 
 
 def test_an_observer_may_ask_for_a_stop(tmp_path: Path) -> None:

@@ -79,6 +79,13 @@ def test_one_sentence_with_file_line_and_key(tmp_path: Path, text: str, message:
         Method(resolved)
 
 
+def test_choosing_another_method_leaves_the_files_constants_behind(tmp_path: Path) -> None:
+    path = write(tmp_path, "optimizer:\n  name: adamw\n  betas: [0.9, 0.95]\n")
+    Method(resolve(from_file(path), from_arguments(["--optimizer.name", "sgd"])))
+    with pytest.raises(ConfigError, match=r"command line --optimizer\.betas: .*sgd does not read it"):
+        Method(resolve(from_file(path), from_arguments(["--optimizer.name", "sgd", "--optimizer.betas", "[0.9, 0.9]"])))
+
+
 def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
     write(tmp_path, "")
     with pytest.raises(ConfigError, match=r"my.yml: there is no such file \(did you mean 'my.yaml'\?\)"):

@@ -72,6 +72,12 @@ def test_byte_lm_reads_a_file_a_directory_or_the_standard_library(tmp_path: Path
     assert len(a_file.validation._text) == 600, "a tenth of a single document at most"
     folder = ByteLM(str(tmp_path), validation_bytes=1000, **small)
     assert len(folder.train._text) + len(folder.validation._text) == 400 * (15 + 13)
+    assert bytes(a_file.validation._text.tolist()).endswith(b"a line of text\n"), "the end is held out"
+    (tmp_path / "many").mkdir()
+    for i in range(20):
+        (tmp_path / "many" / f"{i}.txt").write_text("x" * 4000)
+    many = ByteLM(str(tmp_path / "many"), **small)
+    assert (len(many.train._text), len(many.validation._text)) == (18 * 4000, 2 * 4000), "a tenth at most"
     library = ByteLM(max_bytes=300_000, **small)
     assert 100_000 < len(library.train._text) < 300_000
     with pytest.raises(DataError, match="no such file or directory"):

@@ -20,7 +20,8 @@ SLURM = {
     "SLURM_PROCID": "5",
     "SLURM_NTASKS": "8",
     "SLURM_LOCALID": "1",
-    "SLURM_NTASKS_PER_NODE": "4",
+    "SLURM_STEP_TASKS_PER_NODE": "3(x2),2",
+    "SLURM_NODEID": "1",
 }
 
 
@@ -31,7 +32,8 @@ SLURM = {
         (TORCHRUN, World(3, 4, 1, 2, "torchrun")),
         (OPEN_MPI, World(1, 4, 0, 4, "Open MPI")),
         (MPICH, World(2, 3, 2, 3, "MPICH")),
-        (SLURM, World(5, 8, 1, 4, "Slurm")),
+        (SLURM, World(5, 8, 1, 3, "Slurm")),
+        (SLURM | {"SLURM_NODEID": "2"}, World(5, 8, 1, 2, "Slurm")),
         (SLURM | TORCHRUN, World(3, 4, 1, 2, "torchrun")),
         ({"RANK": "1", "WORLD_SIZE": "2"}, World(1, 2, 1, 2, "torchrun")),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, World(0, 1, 0, 1, "none")),  # salloc's shell is no rank

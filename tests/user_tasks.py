@@ -81,6 +81,40 @@ def UnusedOnOneRank() -> distloop.Supervised:
     return with_model(SometimesSpare())
 
 
+class Counting(Spare):
+    """Its loss reaches the spare layer in some calls."""
+
+    def __init__(self, reached: Any):
+        super().__init__()
+        self.reached, self.calls = reached, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.used(x) + (self.spare(x) if self.reached(self.calls) else 0)
+
+
+def UnusedLast() -> distloop.Supervised:
+    """With two micro-batches per step, the first reaches every parameter, and the second does not."""
+    return distloop.Supervised(Counting(lambda calls: calls % 2 == 1), nn.CrossEntropyLoss(), DATA)
+
+
+def UnusedLater() -> distloop.Supervised:
+    return distloop.Supervised(Counting(lambda calls: calls < 3 or RANK == 0), nn.CrossEntropyLoss(), DATA)
+
+
+def DetachedOnTheLastRank() -> distloop.Supervised:
+    return DetachedLoss() if RANK else Fine()
+
+
+def OtherLength() -> distloop.Supervised:
+    n = 20 + RANK
+    return with_data(TensorDataset(torch.zeros(n, 4), torch.zeros(n).long()))
+
+
+def NoValidation() -> distloop.Supervised:
+    return with_data(DATA)
+
+
 def OtherModelOnOneRank() -> distloop.Supervised:
     return with_model(nn.Linear(4, 2 + RANK))
 

@@ -13,15 +13,17 @@ from distloop.build.facts import facts
 from distloop.build.method import Method
 from distloop.build.place import Place, make_directory, make_place, write_configuration
 from distloop.data import Batches, Loading, Plan, derive_seed
-from distloop.errors import DataError
+from distloop.errors import ConfigError, DataError, nearest
 from distloop.evaluation import Evaluation
 from distloop.learner import Learner, Objective, autocast, trained_parameters
 from distloop.ledger import Ledger
+from distloop.messages import agree_on
 from distloop.observers import make_observers
 from distloop.optimizer import Optimizer
 from distloop.session import Limits, Monitor, Observer, Session
 from distloop.settings import Resolved
-from distloop.strategies import STRATEGIES, Options, make
+from distloop.strategies import STRATEGIES, Options, Strategy, make
+from distloop.strategies.base import agree_on_model
 from distloop.tasks import import_object, make_task
 
 Weighers = Mapping[str, Callable[[Any], float]]
@@ -76,20 +78,22 @@ class Builder:
     def session(self, place: Place, observers: Sequence[Observer] = ()) -> Session:
         """Build everything; call it on every rank at the same time."""
         config, world, transport = self.config, place.world, place.transport
+        agree_on(transport, self._run_facts(), "the configuration")
         torch.manual_seed(config.train.seed)  # the same first weights on every rank
         task = self._task
         if task is None:
             task = make_task(config.task.name, config.task.options, self.resolved.source("task.name"))
-        for objective in task.objectives.values():
-            objective.model.to(place.device)
+        strategies = {name: self._strategy(name, o, place) for name, o in task.objectives.items()}
+        # From here on ranks draw different numbers: dropout must not repeat itself on every rank.
+        torch.manual_seed(derive_seed("rank", config.train.seed, world.rank))
         weighers = {name: o.weight for name, o in task.objectives.items() if hasattr(o, "weight")}
         fed = Fed(task, lambda data: self._batches(task, data, place, weighers))
         first = fed.peek(0)
-        plan = None if hasattr(first, "extract") else self._plan(first)
+        plan = None if hasattr(first, "extract") else self._plan(first, place)
         steps = self._steps(plan)
-        learners = [self._learner(name, o, steps, place) for name, o in task.objectives.items()]
-        # From here on ranks draw different numbers: dropout must not repeat itself on every rank.
-        torch.manual_seed(derive_seed("rank", config.train.seed, world.rank))
+        learners = [self._learner(name, o, strategies[name], steps) for name, o in task.objectives.items()]
+        evaluation = self._evaluation(task, place)
+        self._check_monitor(evaluation)
         directory = make_directory(config, world, transport)
         if world.rank == 0:
             write_configuration(directory, self.resolved)
@@ -113,7 +117,7 @@ class Builder:
             monitor=Monitor(monitor.metric, monitor.mode, monitor.patience, monitor.min_delta, monitor.keep_best),
             agreement=Agreement(transport, max_seconds=config.train.max_seconds),
             ledger=Ledger(learners, transport, explosion=monitor.explosion),
-            evaluation=self._evaluation(task, place),
+            evaluation=evaluation,
             directory=directory,
             facts=facts(config, learners, plan, steps, place, directory),
             observers=[*built_in, *users],
@@ -142,15 +146,15 @@ class Builder:
         known = [n for n in (by_epochs, self.config.train.max_steps) if n is not None]
         return min(known) if known else None
 
-    def _plan(self, data: Any) -> Plan:
-        return Plan(
-            _size(data, "collect(epoch)"), self.config.data.global_batch_size, self.config.data.micro_batch_size
-        )
+    def _plan(self, data: Any, place: Place) -> Plan:
+        size = _size(data, "collect(epoch)")
+        agree_on(place.transport, {"number of samples": size}, "the data set")
+        return Plan(size, self.config.data.global_batch_size, self.config.data.micro_batch_size)
 
     def _batches(self, task: Any, data: Any, place: Place, weighers: Weighers) -> Batches:
         return Batches(
             data,
-            self._plan(data),
+            self._plan(data, place),
             seed=self.config.train.seed,
             shuffle=self.config.data.shuffle,
             device=place.device,
@@ -168,10 +172,15 @@ class Builder:
         samples = getattr(task, "validation", None)
         if samples is None:
             return None
+        size = _size(samples, "validation")
+        agree_on(place.transport, {"number of validation samples": size}, "the data set")
+        for metric in getattr(task, "metrics", {}).values():
+            if hasattr(metric, "to"):  # torchmetrics keep their sums where their inputs are
+                metric.to(place.device)
         return Evaluation(
             task,
             samples,
-            _size(samples, "validation"),
+            size,
             batch_size=self.config.evaluate.batch_size,
             models=[objective.model for objective in task.objectives.values()],
             world=place.world,
@@ -182,28 +191,55 @@ class Builder:
             precision=lambda: autocast(place.device, self.config.precision.name),
         )
 
-    def _learner(self, name: str, objective: Objective, steps: int | None, place: Place) -> Learner:
-        config, model = self.config, objective.model
+    def _strategy(self, name: str, objective: Objective, place: Place) -> Strategy:
+        """Move a model to its device, make it the same on all ranks, and choose how its gradients are collected."""
+        model = objective.model.to(place.device)
+        if place.world.size > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
+            raise ConfigError(
+                f"objective {name!r}: SyncBatchNorm waits for every rank at every forward pass, and here a rank may "
+                "have fewer of them or none; use GroupNorm or LayerNorm, or BatchNorm"
+            )
         parameters = trained_parameters(name, model)
-        options = Options(config.strategy.bucket_mb, config.strategy.unused_parameters)
-        strategy = make(config.strategy.name, parameters, place.transport, options)
-        _share_buffers(model, place)
+        options = Options(self.config.strategy.bucket_mb, self.config.strategy.unused_parameters)
+        strategy = make(self.config.strategy.name, parameters, place.transport, options)
+        rest = {key: t for key, t in (*model.named_parameters(), *model.named_buffers()) if key not in parameters}
+        agree_on_model(rest, place.transport)
+        for tensor in rest.values():
+            place.transport.broadcast(tensor.detach())
+        return strategy
+
+    def _learner(self, name: str, objective: Objective, strategy: Strategy, steps: int | None) -> Learner:
         return Learner(
             name,
             objective,
             strategy,
-            Optimizer(self._method.rule(), strategy.shards, self._method.decays(parameters)),
+            Optimizer(self._method.rule(), strategy.shards, self._method.decays(strategy.parameters)),
             lr=self._method.lr,
             schedule=self._method.schedule(steps),
             transforms=self._method.transforms(),
-            precision=config.precision.name,
-            unused=config.strategy.unused_parameters,
+            precision=self.config.precision.name,
+            unused=self.config.strategy.unused_parameters,
         )
 
+    def _check_monitor(self, evaluation: Evaluation | None) -> None:
+        """Refuse to wait for a metric that will never come."""
+        monitor, error = self.config.monitor, self.resolved.error
+        if evaluation is None:
+            waiting = {"monitor.metric": monitor.metric, "monitor.patience": monitor.patience}
+            for dotted, value in waiting.items():
+                if value is not None:
+                    raise error(dotted, "needs validation data, and the task has none")
+            if self.config.schedule.name == "plateau":
+                raise error("schedule.name", "plateau needs validation data, and the task has none")
+        elif monitor.metric is not None and monitor.metric not in (names := evaluation.names()):
+            raise error(
+                "monitor.metric", f"evaluation returns no metric {monitor.metric!r}{nearest(monitor.metric, names)}"
+            )
 
-def _share_buffers(model: nn.Module, place: Place) -> None:
-    for buffer in model.buffers():
-        place.transport.broadcast(buffer)
+    def _run_facts(self) -> dict[str, Any]:
+        """Return what must be the same on every rank before any of it is used."""
+        values = {dotted: value for dotted, value, _ in self.resolved.rows()}
+        return values | {"version of torch": torch.__version__}
 
 
 def _size(data: Any, what: str) -> int:

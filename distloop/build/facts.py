@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from distloop.build.method import lr_scale
 from distloop.build.place import Place
@@ -31,6 +32,10 @@ def facts(
     lines["length"] = "until stopped" if steps is None else f"{steps} steps"
     lines["optimizer"] = _optimizer(config, learners[0].base_lr)
     lines["precision"] = config.precision.name
+    models = [learner.objective.model for learner in learners]
+    split = world.size > 1 or (plan is not None and plan.accumulation(1) > 1)
+    if split and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for model in models for m in model.modules()):
+        lines["note"] = "BatchNorm normalises each micro-batch by itself, so results depend on how batches are split"
     return lines | {"results": str(directory)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 
@@ -65,6 +66,16 @@ class Method:
         make = import_object(c.name, f"{self._resolved.source('optimizer.name')}: optimizer.name")
         if not (isinstance(make, type) and issubclass(make, torch.optim.Optimizer)):
             raise self._resolved.error("optimizer.name", f"{c.name} is not a torch.optim.Optimizer class")
+        closure = inspect.signature(make.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise self._resolved.error(
+                "optimizer.name", f"{c.name} evaluates the loss several times per step; none here can"
+            )
+        for taken in ("lr", "weight_decay"):
+            if taken in c.options:
+                raise self._resolved.error("optimizer.options", f"{taken} is set by optimizer.{taken}")
+        if c.weight_decay and "weight_decay" not in inspect.signature(make).parameters:
+            raise self._resolved.error("optimizer.weight_decay", f"{c.name} has no weight decay")
         torch_optimizer: Callable[..., torch.optim.Optimizer] = make
         try:
             torch_optimizer([nn.Parameter(torch.zeros(1))], lr=c.lr, **c.options)

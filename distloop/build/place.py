@@ -42,12 +42,14 @@ def make_place(config: Config, world: World) -> Place:
         )
     if wanted.backend == "nccl" and not gpus:
         raise WorldError(f"world.backend: {nccl_unusable()}", everywhere=True)
-    if gpus and world.local_rank >= gpus:
+    # A scheduler may show each rank its own GPU alone; it is number 0 to all of them then.
+    index = world.local_rank if gpus > 1 else 0
+    if gpus and index >= gpus:
         raise WorldError(
             f"local rank {world.local_rank} has no GPU of its own, this host has {gpus}: start at most {gpus} ranks "
             "per host, or set world.device to cpu"
         )
-    device = torch.device("cuda", world.local_rank) if gpus else torch.device("cpu")
+    device = torch.device("cuda", index) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
     _set_threads(wanted.threads, world)
@@ -62,7 +64,11 @@ def _set_threads(threads: int | None, world: World) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
     elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+        torch.set_num_threads(max(1, _cores() // world.local_size))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def make_directory(config: Config, world: World, transport: Transport) -> Path:
@@ -72,12 +78,12 @@ def make_directory(config: Config, world: World, transport: Transport) -> Path:
         StorageError: it cannot be made.
     """
     name = config.log.name or f"{config.task.name.rpartition(':')[2]}-{datetime.now():%Y%m%d-%H%M%S}"
-    path, failure, number = Path(config.log.directory) / name, None, 1
+    path, failure, number = Path(config.log.directory, name), None, 1
     if world.rank == 0:
         try:
             while path.exists():
                 number += 1
-                path = path.with_name(f"{name}-{number}")
+                path = Path(config.log.directory, f"{name}-{number}")
             (path / "logs").mkdir(parents=True)
         except OSError as error:
             failure = f"log.directory: {path} cannot be made: {error.strerror}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +37,12 @@ class Console:
         self._refreshed = 0.0
 
     def __call__(self, record: Record) -> None:
+        try:
+            self._show(record)
+        except BrokenPipeError:  # whoever was reading has left; the training goes on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def _show(self, record: Record) -> None:
         if record.kind == "start":
             self._facts(record.values)
             if self.shows_progress:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from distloop.checkpoint import finite
 from distloop.observers.text import line
 from distloop.session import Record
 
@@ -52,7 +51,7 @@ class JsonLines:
 
     def __call__(self, record: Record) -> None:
         head = {"kind": record.kind, "step": record.step, "epoch": record.epoch, "time": round(time.time(), 3)}
-        self._out.write(json.dumps(head | _finite(record.values)))
+        self._out.write(json.dumps(finite(head | dict(record.values))))
         if record.kind in LAST:
             self._out.close()
 
@@ -80,11 +79,20 @@ class TensorBoard:
     def __init__(self, directory: Path):
         self._directory = directory
         self._writer: Any = None
+        self._broken = False
 
     def __call__(self, record: Record) -> None:
+        try:
+            self._write(record)
+        except OSError as failure:
+            if not self._broken:
+                print(f"distloop: {self._directory}: {failure.strerror}; it gets no more figures", file=sys.stderr)
+            self._broken = True
+
+    def _write(self, record: Record) -> None:
         if record.kind in LAST and self._writer is not None:
             self._writer.close()
-        if record.kind not in ("train", "evaluate"):
+        if record.kind not in ("train", "evaluate") or self._broken:
             return
         if self._writer is None:
             from tensorboardX import SummaryWriter  # late: it takes part of the time to the first step
@@ -93,8 +101,3 @@ class TensorBoard:
         for key, value in record.values.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 self._writer.add_scalar(f"{record.kind}/{key}", value, record.step)
-
-
-def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN and no infinity."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

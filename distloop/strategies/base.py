@@ -100,8 +100,8 @@ def whole(parameters: Parameters) -> Shard:
     return [Segment(name, p, 0, p.numel(), p.detach()) for name, p in parameters.items()]
 
 
-def agree_on_model(parameters: Parameters, transport: Transport) -> None:
-    """Check that all ranks have the same parameters in the same order.
+def agree_on_model(parameters: Mapping[str, Tensor], transport: Transport) -> None:
+    """Check that all ranks have the same parameters (or buffers) in the same order.
 
     Raises:
         MismatchError: they have not; names the first difference that can be told apart by position.
@@ -111,7 +111,7 @@ def agree_on_model(parameters: Parameters, transport: Transport) -> None:
     count = len(parameters)
     counts = transport.all_gather(torch.tensor([count], dtype=torch.int64)).wait()[:, 0].tolist()
     if len(set(counts)) > 1:
-        raise MismatchError(f"ranks have different models: the numbers of trained parameters by rank are {counts}")
+        raise MismatchError(f"ranks have different models: the numbers of parameters or buffers by rank are {counts}")
     own = [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in parameters.items()]
     digests = torch.tensor([_digest(text) for text in own], dtype=torch.int64)
     rows = transport.all_gather(digests).wait()

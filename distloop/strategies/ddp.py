@@ -66,8 +66,8 @@ class DDP(Strategy):
             ) from failure
 
     def collect(self) -> Iterator[tuple[int, Sequence[Tensor]]]:
-        with self._explained():
-            self._reducer._check_reducer_finalized()  # raises if a gradient is missing, which DDP would say a step late
+        with self._explained():  # DDP itself would look a step late
+            self._reducer._check_reducer_finalized()
         yield 0, [torch.zeros_like(p) if p.grad is None else p.grad for p in self._list]
 
     def settle(self) -> None:

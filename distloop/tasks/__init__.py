@@ -19,6 +19,8 @@ def import_object(path: str, what: str) -> Any:
         ConfigError: there is no such module or name.
     """
     module_name, _, name = path.partition(":")
+    if not module_name or module_name.startswith(".") or not name:
+        raise ConfigError(f"{what}: {path!r} is not of the form package.module:Name")
     try:
         module = importlib.import_module(module_name)
     except ImportError as failure:
@@ -30,11 +32,18 @@ def import_object(path: str, what: str) -> Any:
         raise ConfigError(f"{what}: module {module_name!r} cannot be imported: {failure}") from failure
     except SyntaxError as failure:
         raise ConfigError(f"{what}: {failure.filename}:{failure.lineno}: {failure.msg}") from failure
-    if not name or not hasattr(module, name):
+    except DistloopError:
+        raise
+    except Exception as failure:
+        reason = f"{type(failure).__name__}: {failure}"
+        raise ConfigError(f"{what}: importing {module_name} failed: {reason}; --traceback shows where") from failure
+    if not hasattr(module, name):
         public = [n for n, value in vars(module).items() if getattr(value, "__module__", None) == module_name]
-        hint = nearest(name, public) if name else "; write it as package.module:Name"
-        raise ConfigError(f"{what}: module {module_name!r} has no {name!r}{hint}")
-    return getattr(module, name)
+        raise ConfigError(f"{what}: module {module_name!r} has no {name!r}{nearest(name, public)}")
+    found = getattr(module, name)
+    if not callable(found):
+        raise ConfigError(f"{what}: {path} is a {type(found).__name__}, which cannot be called")
+    return found
 
 
 def make_task(name: str, options: Mapping[str, Any], source: str) -> Any:
@@ -53,14 +62,16 @@ def make_task(name: str, options: Mapping[str, Any], source: str) -> Any:
         if option not in known and not anything:
             raise ConfigError(f"{source}: task.{option}: {name} takes no {option!r}{nearest(option, known)}")
     for key, parameter in known.items():
-        if parameter.default is parameter.empty and parameter.kind not in (2, 4) and key not in options:
+        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if parameter.default is parameter.empty and not variadic and key not in options:
             raise ConfigError(f"{source}: task.{key}: {name} needs a value for it")
     try:
         task = make(**options)
     except DistloopError:
         raise
-    except (TypeError, ValueError) as failure:
-        raise ConfigError(f"{source}: task {name} cannot be made: {failure}") from failure
+    except Exception as failure:
+        reason = f"{type(failure).__name__}: {failure}"
+        raise ConfigError(f"{source}: task {name} cannot be made: {reason}; --traceback shows where") from failure
     check_task(task, source)
     return task
 

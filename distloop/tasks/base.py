@@ -94,7 +94,9 @@ class Supervised:
                 metric.update(guesses, targets)
             else:
                 sums[name] = metric(guesses, targets)
-        return {"loss": (self._loss(guesses, targets) * count, count)} | sums
+        # A batch that weighs nothing (no valid token) has no mean to multiply.
+        total = self._loss(guesses, targets) * count if count else 0.0
+        return {"loss": (total, count)} | sums
 
 
 def accuracy(guesses: Tensor, targets: Tensor) -> tuple[Tensor, float]:

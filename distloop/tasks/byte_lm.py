@@ -62,7 +62,7 @@ class ByteLM(Supervised):
         context: most bytes the model looks back.
         width, layers, heads, dropout: of the transformer.
         max_bytes: how much text to take at most.
-        validation_bytes: how much of it, in whole documents, is kept for evaluation.
+        validation_bytes: how much of it, in whole documents, is kept for evaluation; a tenth of it at most.
     """
 
     def __init__(
@@ -76,6 +76,10 @@ class ByteLM(Supervised):
         max_bytes: int = 8_000_000,
         validation_bytes: int = 100_000,
     ):
+        sizes = {"context": context, "width": width, "layers": layers, "heads": heads, "max_bytes": max_bytes}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ConfigError(f"task.{name}: {size} is too small; it must be at least 1")
         if width % heads:
             raise ConfigError(f"task.heads: {heads} does not divide task.width, which is {width}")
         train, validation = _divide(path, max_bytes, validation_bytes)
@@ -110,16 +114,19 @@ def _count(batch: tuple[Tensor, Tensor]) -> float:
 
 
 def _divide(path: str | None, max_bytes: int, validation_bytes: int) -> tuple[list[bytes], list[bytes]]:
-    """Return training and validation documents; one long document is divided at its end."""
+    """Return training and validation documents; of a single long document the end is for validation."""
     documents = list(_read(path, max_bytes))
+    kept = min(validation_bytes, sum(map(len, documents)) // 10)
     if len(documents) == 1:
-        kept = min(validation_bytes, len(documents[0]) // 10)
-        documents = [documents[0][kept:], documents[0][:kept]]
-    validation: list[bytes] = []
-    while len(documents) > 1 and sum(map(len, validation)) < validation_bytes:
+        documents = [documents[0][:-kept], documents[0][-kept:]] if kept else documents
+    validation = [documents.pop()] if len(documents) > 1 else []
+    while len(documents) > 1 and sum(map(len, validation)) + len(documents[-1]) <= kept:
         validation.append(documents.pop())
-    if not documents or not validation or not documents[0]:
-        raise DataError(f"task.path: {path or 'the standard library'} holds too little text to train and evaluate on")
+    if not validation or not documents[0]:
+        raise DataError(
+            f"task.path: {path or 'the standard library'} holds too little text to train and evaluate on"
+            + ("" if path is None or Path(path).is_file() else f" (files ending in {' '.join(sorted(TEXT_SUFFIXES))})")
+        )
     return documents, validation
 
 
@@ -127,7 +134,7 @@ def _read(path: str | None, max_bytes: int) -> Iterator[bytes]:
     """Yield documents, up to ``max_bytes`` in all, in an order that depends on their names alone."""
     root = Path(path) if path is not None else Path(sysconfig.get_paths()["stdlib"])
     if root.is_file():
-        yield root.read_bytes()[:max_bytes]
+        yield _head(root, max_bytes)
         return
     if not root.is_dir():
         raise DataError(f"task.path: {path}: there is no such file or directory")
@@ -135,12 +142,20 @@ def _read(path: str | None, max_bytes: int) -> Iterator[bytes]:
     for file in sorted(
         _files(root, path is None), key=lambda f: hashlib.sha256(str(f.relative_to(root)).encode()).digest()
     ):
-        text = file.read_bytes()[:left]
+        text = _head(file, left)
         if text:
             yield text
         left -= len(text)
         if left <= 0:
             return
+
+
+def _head(file: Path, most: int) -> bytes:
+    try:
+        with file.open("rb") as stream:
+            return stream.read(most)
+    except OSError as failure:
+        raise DataError(f"task.path: {file} cannot be read: {failure.strerror}") from failure
 
 
 def _files(root: Path, standard_library: bool) -> Iterator[Path]:

@@ -43,6 +43,8 @@ class Digits(Supervised):
     ):
         if model not in ("cnn", "mlp"):
             raise ConfigError(f"task.model: {model!r} is neither cnn nor mlp")
+        if hidden < 1:
+            raise ConfigError(f"task.hidden: {hidden} is too small; it must be at least 1")
         images, labels = load_digits()
         train, test = split(len(labels), TEST_IMAGES)
         features, inputs = (_convolutions(), 64 * 4 * 4) if model == "cnn" else (nn.Sequential(), 64)

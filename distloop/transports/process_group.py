@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -22,11 +24,14 @@ class TorchTransport(Transport):
     def __init__(self, data: dist.ProcessGroup, control: dist.ProcessGroup):
         self.data, self.control = data, control
         self.rank, self.size = dist.get_rank(data), dist.get_world_size(data)
+        self._on_host = dist.get_backend(data) == "gloo"
 
     def isend(self, tensor: Tensor, to: int, tag: int = 0) -> Work:
+        self._check(tensor)
         return _work(dist.isend(tensor, to, group=self._group(tag), tag=tag))
 
     def irecv(self, tensor: Tensor, source: int, tag: int = 0) -> Work:
+        self._check(tensor)
         return _work(dist.irecv(tensor, source, group=self._group(tag), tag=tag))
 
     def all_gather(self, tensor: Tensor) -> Rows:
@@ -43,6 +48,10 @@ class TorchTransport(Transport):
             return  # destroying a group whose peers are gone can wait for ever; the process is about to end
         dist.barrier(group=self.control)
         dist.destroy_process_group()
+
+    def _check(self, tensor: Tensor) -> None:
+        if tensor.is_cuda and self._on_host:
+            raise WorldError("gloo sends no GPU tensors between ranks: use world.backend nccl, or strategy.name ddp")
 
     def _group(self, tag: int) -> dist.ProcessGroup:
         return self.control if tag == CONTROL_TAG else self.data
@@ -70,23 +79,22 @@ def connect(world: World, *, backend: str, device: torch.device, timeout: float)
     if missing:
         raise WorldError(
             f"{world.launcher} started {world.size} ranks but {' and '.join(missing)} is not set: "
-            "start with torchrun, or export the address and a free port of rank 0's host"
+            "start with torchrun, or export the address and a free port of rank 0's host",
+            everywhere=True,
         )
     if backend == "nccl" and device.type != "cuda":
         raise WorldError(nccl_unusable())
     if world.single_host:
         # Without this gloo resolves the host name and listens on whatever interface that gives.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     limit = timedelta(seconds=timeout)
     try:
-        store, rank, size = next(rendezvous("env://", world.rank, world.size, timeout=limit))
-        store.set_timeout(limit)
-        _stores.append(store)
+        store = _meet(world, limit)
         dist.init_process_group(
             backend,
-            store=PrefixStore("distloop", store),
-            rank=rank,
-            world_size=size,
+            store=store,
+            rank=world.rank,
+            world_size=world.size,
             timeout=limit,
             device_id=device if backend == "nccl" else None,
         )
@@ -95,7 +103,7 @@ def connect(world: World, *, backend: str, device: torch.device, timeout: float)
             raise WorldError("torch.distributed gave no world group")
         control = dist.new_group(backend="gloo", timeout=limit)
     except (dist.DistError, RuntimeError, ValueError) as failure:
-        first_line = str(failure).strip().splitlines()[0]
+        first_line = (str(failure).strip().splitlines() or ["no reason given"])[0]
         raise WorldError(
             f"rank {world.rank} of {world.size} could not join the others at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {timeout:g} s: {first_line}"
@@ -103,16 +111,35 @@ def connect(world: World, *, backend: str, device: torch.device, timeout: float)
     return TorchTransport(data, control)
 
 
-# The store of this process's group, kept for the last word of a failing rank. A process has one world at most.
-_stores: list[Store] = []
+@dataclass
+class _Meeting:
+    """Where the ranks of this process's world meet: one store, in which each connection has names of its own."""
+
+    store: Store | None = None
+    connections: int = 0
+
+
+_meeting = _Meeting()  # a process has one world, and its address one server
+
+
+def _meet(world: World, limit: timedelta) -> Store:
+    if _meeting.store is None:
+        _meeting.store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=limit))
+        _meeting.store.set_timeout(limit)
+    _meeting.connections += 1
+    return PrefixStore(_prefix(), _meeting.store)
+
+
+def _prefix() -> str:
+    return f"distloop/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_meeting.connections}"
 
 
 def claim(what: str) -> bool:
     """Return whether this is the first rank to claim ``what``; alone, or cut off from the others, it always is."""
-    if not _stores:
+    if _meeting.store is None:
         return True
     try:
-        return int(_stores[-1].add(f"claim/{what}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1)) == 1
+        return int(_meeting.store.add(f"{_prefix()}/claim/{what}", 1)) == 1
     except (dist.DistError, RuntimeError):
         return True
 
@@ -120,6 +147,6 @@ def claim(what: str) -> bool:
 def nccl_unusable() -> str:
     """Say why NCCL cannot be used here and what can."""
     return (
-        f"backend nccl needs a GPU: this host has {torch.cuda.device_count()} usable GPUs and torch "
-        f"{torch.__version__}; use world.backend gloo"
+        f"backend nccl needs models on GPUs: torch {torch.__version__} sees {torch.cuda.device_count()} of them here; "
+        "use world.backend gloo"
     )
