@@ -61,7 +61,7 @@ class DDP(Strategy):
             if "finish" not in str(failure) and "finalize" not in str(failure):
                 raise
             raise ConfigError(
-                f"rank {self.transport.rank}: the last micro-batch's loss did not reach every parameter, which ddp needs; "
+                f"rank {self.transport.rank}: the last micro-batch's loss did not reach every parameter, as ddp needs; "
                 "set strategy.unused_parameters to zeros, or freeze those that it never reaches"
             ) from failure
 
