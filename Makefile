@@ -18,7 +18,7 @@ help:
 	@echo "make clean      remove what these commands made (not runs/)"
 
 train: $(VENV)/.train
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(RANKS) -m distloop train $(CONFIG)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(RANKS) -m distloop train $(CONFIG) --world.device cpu
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest

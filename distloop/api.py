@@ -27,7 +27,7 @@ def fit(
 
     Args:
         task: what to learn, for instance a :class:`distloop.Supervised`.
-        observers: called on rank 0 with every :class:`distloop.Record`; a true return value asks for a stop.
+        observers: called on rank 0 with every :class:`distloop.Record`; returning True asks for a stop.
         config: a configuration file to start from.
         sections: sections of the configuration, as in ``optimizer={"name": "sgd", "lr": 0.1}``.
 

@@ -38,6 +38,8 @@ def guarded(work: Callable[[], int], *, traceback: bool = False) -> NoReturn:
             _leave(peer.exit_code)
         _report(failure, show_trace=True)
         _leave(1)
+    if _in_company():
+        _leave(code)  # with gloo's threads about, torch now and then aborts in the interpreter's end (exit 134)
     sys.exit(code)
 
 
@@ -62,11 +64,20 @@ def _report(failure: BaseException, *, show_trace: bool) -> None:
 def _speaks(failure: BaseException) -> bool:
     if isinstance(failure, DistloopError) and failure.everywhere:
         return _rank() in (None, 0)
-    if "torch" not in sys.modules:
+    if not _in_company():
         return True
     from distloop.transports.process_group import claim
 
     return claim("failure")
+
+
+def _in_company() -> bool:
+    """Return whether this process has met other ranks."""
+    if "torch" not in sys.modules:
+        return False
+    from distloop.transports.process_group import has_met
+
+    return has_met()
 
 
 def _rank() -> int | None:

@@ -46,6 +46,7 @@ class Case:
     lengths: tuple[int, ...] = ()  # of the token task's samples
     seed: int = 3
     unused: bool = False
+    precision: str = "fp32"
 
 
 @dataclass
@@ -247,6 +248,7 @@ def _learner(
         lr=0.05,
         schedule=Constant(),
         transforms=[*chain, Spy(outcome, names)],
+        precision=case.precision,
         unused="zeros" if case.unused else "refuse",
     )
 
@@ -302,6 +304,31 @@ def trained_plainly(case: Case) -> Outcome:
             hands[name].step()
     for name, o in objectives.items():
         outcome.parameters |= {f"{name}.{k}": p.detach().clone() for k, p in o.model.named_parameters()}
+    return outcome
+
+
+def trained_plainly_in_parts(case: Case, ranks: int) -> Outcome:
+    """Train a classifier in one process under autocast, with the micro-batches that ``ranks`` ranks would run.
+
+    Low precision rounds each micro-batch's gradient, so the parts must be the same for the sums to be.
+    """
+    outcome, data = Outcome(), make_data(case)
+    (objective,) = make_objectives(case).values()
+    plan = Plan(case.samples, case.global_batch_size, case.micro_batch_size)
+    named = dict(objective.model.named_parameters())
+    optimizer = torch.optim.SGD(named.values(), lr=0.05, momentum=0.9, weight_decay=0.01)
+    for epoch, step in itertools.product(range(case.epochs), range(plan.steps)):
+        order = permutation(case.seed, epoch, case.samples)
+        optimizer.zero_grad()
+        for rank in range(ranks):
+            for part in plan.micro_batches(step, rank, ranks):
+                batch = [t[order[part.start : part.stop]] for t in data.tensors]
+                with torch.autocast("cpu", {"bf16": torch.bfloat16, "fp16": torch.float16}[case.precision]):
+                    loss = objective.loss(objective.guess(batch), objective.targets(batch))
+                (loss * (len(part) / len(plan.batch(step)))).backward()
+        outcome.gradients.append({f"classifier.{k}": p.grad.clone().view(-1) for k, p in named.items()})
+        optimizer.step()
+    outcome.parameters = {f"classifier.{k}": p.detach().clone() for k, p in named.items()}
     return outcome
 
 

@@ -10,7 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.parity import Case, difference, run_cases, tolerance, trained_by_distloop, trained_plainly
+from tests.parity import (
+    Case,
+    difference,
+    run_cases,
+    tolerance,
+    trained_by_distloop,
+    trained_plainly,
+    trained_plainly_in_parts,
+)
 from tests.ranks import in_processes, in_threads
 
 WORLDS = [1, 2, 3, 4]
@@ -99,6 +107,17 @@ def test_memory_layouts_other_than_the_usual(strategy: str) -> None:
     case = Case(strategy=strategy, task="convolution", micro_batch_size=3, rule="adamw")
     outcomes = in_processes(2, trained_by_distloop, case)
     assert max(difference(outcome, trained_plainly(case)) for outcome in outcomes) <= tolerance(case)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "naive"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_is_the_same_arithmetic_as_in_one_process(strategy: str, precision: str) -> None:
+    case = Case(strategy=strategy, precision=precision, dtype=torch.float32, micro_batch_size=3)
+    scaled = replace(case, loss_scale=1024.0 if precision == "fp16" else None)
+    expected = trained_plainly_in_parts(case, 2)
+    assert difference(expected, trained_plainly(case)) > 1e-4, "it is another precision indeed"
+    for outcome in in_processes(2, trained_by_distloop, scaled):
+        assert difference(outcome, expected) <= (1e-6 if precision == "bf16" else 2e-3)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "naive"])

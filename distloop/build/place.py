@@ -43,7 +43,7 @@ def make_place(config: Config, world: World) -> Place:
     if wanted.backend == "nccl" and not gpus:
         raise WorldError(f"world.backend: {nccl_unusable()}", everywhere=True)
     # A scheduler may show each rank its own GPU alone; it is number 0 to all of them then.
-    index = world.local_rank if gpus > 1 else 0
+    index = 0 if gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ else world.local_rank
     if gpus and index >= gpus:
         raise WorldError(
             f"local rank {world.local_rank} has no GPU of its own, this host has {gpus}: start at most {gpus} ranks "

@@ -134,6 +134,11 @@ def _prefix() -> str:
     return f"distloop/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_meeting.connections}"
 
 
+def has_met() -> bool:
+    """Return whether this process has met other ranks."""
+    return _meeting.store is not None
+
+
 def claim(what: str) -> bool:
     """Return whether this is the first rank to claim ``what``; alone, or cut off from the others, it always is."""
     if _meeting.store is None:
