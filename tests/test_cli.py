@@ -58,30 +58,22 @@ def test_ranks_say_what_one_process_says(tmp_path: Path, strategy: str) -> None:
     assert figures[1] == pytest.approx(figures[0], rel=1e-5)
 
 
-@pytest.mark.slow
-def test_torchrun(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "distloop",
-        "train",
-        DIGITS,
-    ]
+def torchrun(folder: Path, *arguments: str) -> str:
+    """Return what two ranks started by torchrun print."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, "--optimizer.lr", "0.003"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=100,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        command, capture_output=True, text=True, cwd=folder, timeout=100, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr
-    assert "2 ranks started by torchrun" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path: Path) -> None:
+    assert "2 ranks started by torchrun" in torchrun(
+        tmp_path, "-m", "distloop", "train", DIGITS, "--optimizer.lr", "0.003"
+    )
     (run,) = (tmp_path / "runs").iterdir()
     result = json.loads((run / "result.json").read_text())
     assert result["best"] >= 0.97, "the main job's promise"
@@ -106,18 +98,7 @@ for strategy in ("ddp", "naive"):
 @pytest.mark.slow
 def test_a_process_may_train_twice(tmp_path: Path) -> None:
     (tmp_path / "twice.py").write_text(TWICE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "twice.py"]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=100,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("steps 1") == 4
+    assert torchrun(tmp_path, "twice.py").count("steps 1") == 4
 
 
 MISTAKES = [
