@@ -140,10 +140,10 @@ class Session:
             stopped = self._agreement.now()
             if stopped in _REASONS:
                 reason = _REASONS[stopped]
-        self._log()
-        if stopped < Stop.INTERRUPTED and self._evaluation is not None and self._evaluated_at != self.step:
-            self._evaluate()
-        return self._finish(reason, stopped, time.monotonic() - begun)
+            self._log()
+            if stopped < Stop.INTERRUPTED and self._evaluation is not None and self._evaluated_at != self.step:
+                self._evaluate()
+            return self._finish(reason, stopped, time.monotonic() - begun)
 
     def _epochs(self) -> Iterable[int]:
         """Yield epoch numbers, for ever if no number of epochs is set."""

@@ -20,7 +20,7 @@ FLOORS = [
     ["strategies"],
     ["transforms", "schedules"],
     ["optimizer"],
-    ["loading", "data"],
+    ["loading", "data", "first_step"],
     ["learner"],
     ["checkpoint"],
     ["loop"],
