@@ -8,6 +8,7 @@ from typing import Any
 
 from distloop.build import Builder, make_place
 from distloop.errors import found_by_all
+from distloop.failure import lost_peer
 from distloop.session import Observer, Result
 from distloop.settings import Resolved, from_environment, from_file, from_mapping, resolve
 from distloop.tasks import check_task
@@ -37,6 +38,9 @@ def fit(
     check_task(task, "argument task")
     layers = [from_file(Path(config))] if config is not None else []
     name = from_mapping({"task": {"name": type(task).__name__}})
+    for layer in layers:  # what a file says of its own task is not about this one
+        for key in [key for key in layer if key.startswith("task.")]:
+            del layer[key]
     resolved = resolve(name, *layers, from_environment(), from_mapping(sections))
     return run(resolved, World.from_environment(), task=task, observers=observers)
 
@@ -48,8 +52,10 @@ def run(resolved: Resolved, world: World, *, task: Any = None, observers: Sequen
     place = make_place(resolved.config, world)
     try:
         result = builder.session(place, observers).run()
-    except BaseException:
+    except BaseException as failure:
         place.transport.close(failed=True)
+        if (peer := lost_peer(failure)) is not None:
+            raise peer from failure
         raise
     place.transport.close()
     return result

@@ -12,15 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distloop.errors import StorageError
+from distloop.errors import ConfigError, StorageError
 from distloop.transports import Transport
 
 
 def model_state(models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Return parameters and buffers by name; names start with the objective's where there are several."""
-    if len(models) == 1:
-        return next(iter(models.values())).state_dict()
-    return {f"{name}.{key}": value for name, model in models.items() for key, value in model.state_dict().items()}
+    state = {f"{name}.{key}": value for name, model in models.items() for key, value in model.state_dict().items()}
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ConfigError(
+                f"state_dict entry {key!r} is a {type(value).__name__}: a model's file holds tensors alone"
+            )
+    return state if len(models) > 1 else {key.partition(".")[2]: value for key, value in state.items()}
 
 
 def save_model(path: Path, models: Mapping[str, nn.Module]) -> None:
@@ -33,15 +37,16 @@ def save_model(path: Path, models: Mapping[str, nn.Module]) -> None:
     """
     from safetensors.torch import save
 
-    seen: dict[int, str] = {}
+    seen: dict[tuple[object, ...], str] = {}
     state: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     for key, value in model_state(models).items():
-        first = seen.setdefault(value.data_ptr(), key) if value.numel() else key
-        if first != key and state[first].shape == value.shape:
+        same = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
+        first = seen.setdefault(same, key) if value.numel() else key
+        if first != key:
             tied[key] = first  # one tensor under two names is stored once
         else:
-            state[key] = value.detach().cpu().contiguous()
+            state[key] = value.detach().cpu().contiguous().clone()  # views of one memory may not be stored as such
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_bytes(save(state, metadata={"format": "pt", **tied}))

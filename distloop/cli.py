@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from distloop import __version__
-from distloop.errors import ConfigError, found_by_all
+from distloop.errors import ConfigError, found_by_all, nearest
 
 if TYPE_CHECKING:
     from distloop.settings import Resolved
@@ -20,8 +20,8 @@ SETTINGS_FOLLOW = {"ignore_unknown_options": True, "allow_extra_args": True, "he
 SETTINGS_HELP = """
 
 Any value of the configuration can be set behind TARGET by its dotted key, as in --optimizer.lr 0.1, or by an
-environment variable, as in DISTLOOP_OPTIMIZER__LR=0.1; the command line wins over the environment, the environment over
-the file."""
+environment variable, as in DISTLOOP_OPTIMIZER__LR=0.1; the command line wins over the environment, the environment over the file.
+distloop config TARGET lists all keys."""
 
 
 class _Command(click.Command):
@@ -39,12 +39,14 @@ def cli() -> None:
     """One readable training loop, and any way of collecting gradients behind it."""
 
 
-@cli.command(cls=_Command, context_settings=SETTINGS_FOLLOW)
+@cli.command(cls=_Command, context_settings=SETTINGS_FOLLOW, short_help="Train a configuration or a task.")
 @click.argument("target")
 @click.option("--traceback", is_flag=True, help="Show where in the code an error comes from.")
 @click.pass_context
 def train(context: click.Context, target: str, traceback: bool) -> None:
-    """Train what TARGET says: a configuration file, or a task of your own as package.module:Class.
+    """Train what TARGET says.
+
+    TARGET is a configuration file, a supplied task (digits, byte_lm), or a task of your own as package.module:Class.
 
     Alone this trains in one process. Under torchrun every rank does its part:
 
@@ -65,7 +67,7 @@ def train(context: click.Context, target: str, traceback: bool) -> None:
     guarded(work, traceback=traceback)
 
 
-@cli.command(cls=_Command, context_settings=SETTINGS_FOLLOW)
+@cli.command(cls=_Command, context_settings=SETTINGS_FOLLOW, short_help="Show every value and where it is from.")
 @click.argument("target")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option("--traceback", is_flag=True, help="Show where in the code an error comes from.")
@@ -95,6 +97,8 @@ def _resolve(target: str, arguments: list[str]) -> Resolved:
     sys.path.insert(0, str(Path.cwd()))  # a task of the user's own is looked for in the current folder
     if target.startswith("-"):
         raise ConfigError(f"command line: {target} stands where TARGET should: settings come behind it")
+    if not Path(target).exists() and not Path(target).suffix and ":" not in target and target not in TASKS:
+        raise ConfigError(f"command line: {target!r} is neither a file nor a supplied task{nearest(target, TASKS)}")
     if target in TASKS or (":" in target and not Path(target).exists()):
         base = {"task.name": settings.Setting(target, "command line")}
     else:
@@ -110,19 +114,14 @@ def _print_config(resolved: Resolved, *, as_json: bool) -> None:
         print(json.dumps(rows, indent=2))
         return
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("key", "value", "from"):
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        given = row["source"] != "default"
-        text = json.dumps(row["value"])
-        table.add_row(
-            row["key"], Text(text, style="bold" if given else ""), Text(row["source"], style="" if given else "dim")
-        )
-    Console(highlight=False).print(table)
+    texts = [("key", "value", "from"), *((row["key"], json.dumps(row["value"]), row["source"]) for row in rows)]
+    keys, values = (max(len(text[column]) for text in texts) for column in (0, 1))
+    console = Console(highlight=False, soft_wrap=True)
+    for key, value, source in texts:
+        style = "bold" if key == "key" else "dim" if source == "default" else ""
+        console.print(Text(f"{key:<{keys}}  {value:<{min(values, 24)}}  {source}", style=style))
 
 
 def _quiet_torch() -> None:

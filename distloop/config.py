@@ -109,7 +109,9 @@ class EvaluateSection(Section):
 
 class MonitorSection(Section):
     metric: str | None = Field(None, description="which metric tells what is better (default: the first evaluated)")
-    mode: Literal["min", "max"] | None = Field(None, description="default: min for losses, else max")
+    mode: Literal["min", "max"] | None = Field(
+        None, description="default: min for losses and errors by name, else max; shown at start"
+    )
     patience: NotNegative | None = Field(
         None, description="stop early after more evaluations than this without a better"
     )

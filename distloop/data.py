@@ -116,6 +116,12 @@ class Minibatch:
     position: Position
     micro_batches: list[MicroBatch]
 
+    def __post_init__(self) -> None:
+        if not self.micro_batches:
+            raise DataError(
+                "a minibatch has at least one micro-batch; a rank without samples has MicroBatch(None, 0.0, True)"
+            )
+
     def __iter__(self) -> Iterator[MicroBatch]:
         return iter(self.micro_batches)
 

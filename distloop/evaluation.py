@@ -122,21 +122,28 @@ class Evaluation:
         for name, metric in self._objects().items():
             metric.dist_sync_fn = lambda state, group=None: gather_uneven(self._transport, state)
             metric.distributed_available_fn = lambda: self._transport.size > 1
-            values[name] = float(metric.compute())
+            value = metric.compute()
+            parts = {f"{name}/{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
+            for key, part in parts.items():
+                if isinstance(part, Tensor) and part.numel() != 1:
+                    raise ConfigError(
+                        f"metric {key!r} has {part.numel()} values; it must be one number (average over them)"
+                    )
+                values[key] = float(part)
             metric.reset()
         return values
 
 
 def _pair(name: str, pair: Any) -> Tensor:
-    try:
-        total, count = pair
-        values = [
-            t.detach().double() if isinstance(t, Tensor) else torch.tensor(float(t), dtype=torch.float64)
-            for t in (total, count)
-        ]
-        device = next((t.device for t in (total, count) if isinstance(t, Tensor)), None)
-        return torch.stack([v.to(device) for v in values])
-    except (TypeError, ValueError, RuntimeError) as failure:
-        raise ConfigError(
-            f"evaluate(batch): metric {name!r} must be a pair (sum, count) of numbers; got {pair!r}"
-        ) from failure
+    """Return (sum, count) as a tensor of shape (2,) in double precision, on the device where the sum is."""
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise ConfigError(f"evaluate(batch): metric {name!r} must be a pair (sum, count), not a {type(pair).__name__}")
+    for part in pair:
+        if isinstance(part, Tensor) and part.numel() != 1:
+            raise ConfigError(f"evaluate(batch): metric {name!r} must be two numbers, not of shape {tuple(part.shape)}")
+        if not isinstance(part, Tensor | int | float):
+            raise ConfigError(f"evaluate(batch): metric {name!r} must be two numbers, not a {type(part).__name__}")
+    device = next((part.device for part in pair if isinstance(part, Tensor)), None)
+    return torch.stack(
+        [torch.as_tensor(part, dtype=torch.float64, device=device).detach().reshape(()) for part in pair]
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import time
@@ -28,22 +29,22 @@ def guarded(work: Callable[[], int], *, traceback: bool = False) -> NoReturn:
         code = work()
     except DistloopError as failure:
         _report(failure, show_trace=traceback)
+        if isinstance(failure, RankDiedError):
+            time.sleep(0.5)  # let the rank that failed first end first: launchers name that one
         _leave(failure.exit_code)
     except KeyboardInterrupt:
         _leave(INTERRUPTED)
     except Exception as failure:
-        if (peer := _lost_peer(failure)) is not None:
-            _report(peer, show_trace=traceback)
-            time.sleep(0.5)  # let the rank that failed first end first: launchers name that one
-            _leave(peer.exit_code)
         _report(failure, show_trace=True)
         _leave(1)
     if _in_company():
-        _leave(code)  # with gloo's threads about, torch now and then aborts in the interpreter's end (exit 134)
+        # With gloo's threads about, torch now and then aborts in the interpreter's end (exit 134): end before it.
+        atexit._run_exitfuncs()
+        _leave(code)
     sys.exit(code)
 
 
-def _lost_peer(failure: BaseException) -> RankDiedError | None:
+def lost_peer(failure: BaseException) -> RankDiedError | None:
     """Return what a broken or silent connection means: gloo reports both as a bare RuntimeError."""
     sign = next((sign for sign in LOST if sign in str(failure)), None)
     if not isinstance(failure, RuntimeError) or sign is None:
@@ -63,7 +64,7 @@ def _report(failure: BaseException, *, show_trace: bool) -> None:
 
 def _speaks(failure: BaseException) -> bool:
     if isinstance(failure, DistloopError) and failure.everywhere:
-        return _rank() in (None, 0)
+        return _local_rank() in (None, 0)  # one per host: what all ranks of a host find, another host may not
     if not _in_company():
         return True
     from distloop.transports.process_group import claim
@@ -80,11 +81,11 @@ def _in_company() -> bool:
     return has_met()
 
 
-def _rank() -> int | None:
+def _local_rank() -> int | None:
     from distloop.world import World
 
     try:
-        return World.from_environment().rank
+        return World.from_environment().local_rank
     except DistloopError:
         return None
 

@@ -37,12 +37,18 @@ class FirstStepCheck:
             raise ConfigError(
                 f"{where} returned a tensor that depends on no trained parameter (detached, or made under no_grad)"
             )
+        leaves = _leaves(loss)
+        if leaves is None:
+            raise ConfigError(
+                f"objective {self._name!r}: an activation checkpoint with use_reentrant=True hides its parameters from "
+                "the gradient; pass use_reentrant=False"
+            )
         if not self._refuse_unused:
             return
         if final and self._strategy.needs_every_gradient:
             self._reached.clear()  # it looks at the last backward alone
         if not idle:
-            self._reached |= _leaves(loss)
+            self._reached |= leaves
         if final:
             self._compare()
 
@@ -65,8 +71,8 @@ class FirstStepCheck:
             )
 
 
-def _leaves(loss: Tensor) -> set[int]:
-    """Return the ids of the tensors whose gradient the loss has, by walking its graph."""
+def _leaves(loss: Tensor) -> set[int] | None:
+    """Return the ids of the tensors whose gradient the loss has, by walking its graph; None if part of it is hidden."""
     leaves: set[int] = set()
     waiting, seen = [loss.grad_fn], set()
     while waiting:
@@ -74,6 +80,8 @@ def _leaves(loss: Tensor) -> set[int]:
         if node is None or node in seen:
             continue
         seen.add(node)
+        if type(node).__name__ == "CheckpointFunctionBackward":
+            return None
         if hasattr(node, "variable"):
             leaves.add(id(node.variable))
         waiting += [parent for parent, _ in node.next_functions]

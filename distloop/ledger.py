@@ -95,12 +95,13 @@ class Ledger:
         if abs(loss) <= limit and math.isfinite(loss):
             return
         where = f"step {step}, learner {name!r}"
+        remedy = REMEDY if step > 1 else "nothing has been learned yet, so look at the data, the model and the loss"
         if not math.isfinite(loss):
             ranks = (~by_rank.isfinite()).nonzero().flatten().tolist()
-            raise NonFiniteError(f"the loss became {loss} at {where}, on rank {ranks[0] if ranks else 0}; {REMEDY}")
+            raise NonFiniteError(f"the loss became {loss} at {where}, on rank {ranks[0] if ranks else 0}; {remedy}")
         raise NonFiniteError(
             f"the loss exploded to {loss:.4g} at {where} (it began at {first:.4g}; most of it on rank "
-            f"{int(by_rank.abs().argmax())}); {REMEDY}"
+            f"{int(by_rank.abs().argmax())}); {remedy}"
         )
 
 

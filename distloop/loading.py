@@ -61,7 +61,7 @@ class Fetch:
             yield from zip(*(t.split(sizes) for t in self(torch.cat(block))), strict=True)
 
     def _index(self, indices: Tensor) -> tuple[Tensor, ...]:
-        return tuple(t.index_select(0, indices) for t in self.samples.tensors)
+        return tuple(t.index_select(0, indices.to(t.device) if t.is_cuda else indices) for t in self.samples.tensors)
 
     def _many(self, indices: Tensor) -> Any:
         batch = self.samples.__getitems__(indices.tolist())
@@ -142,6 +142,7 @@ def loader_batches(
     loader: DataLoader[Any] = DataLoader(
         _ByIndices(fetch, batches),  # type: ignore[arg-type]  # map-style by its methods, not by its base class
         batch_size=None,
+        collate_fn=_as_it_is,  # torch's default would turn arrays into tensors, which without workers they stay
         num_workers=workers,
         prefetch_factor=prefetch,
         pin_memory=pin_memory and torch.cuda.is_available(),
@@ -158,6 +159,10 @@ def loader_batches(
     except (RuntimeError, OSError) as failure:
         reason = (str(failure).strip().splitlines() or ["no reason given"])[0]
         raise DataError(f"a data worker failed at or after samples {_some(batches[read])}: {reason}") from failure
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _some(indices: Tensor) -> str:

@@ -27,9 +27,9 @@ def agree_on(transport: Transport, facts: Mapping[str, Any], what: str) -> None:
     by_rank = gather_json(transport, dict(facts))
     for rank, theirs in enumerate(by_rank):
         for key in [*by_rank[0], *theirs]:
-            one, other = by_rank[0].get(key), theirs.get(key)
-            if one != other:
-                raise MismatchError(f"ranks differ in {what}: {key} is {one!r} on rank 0 and {other!r} on rank {rank}")
+            one, other = (json.dumps(facts.get(key), sort_keys=True) for facts in (by_rank[0], theirs))
+            if one != other:  # as text, because NaN is not equal to itself
+                raise MismatchError(f"ranks differ in {what}: {key} is {one} on rank 0 and {other} on rank {rank}")
 
 
 def gather_uneven(transport: Transport, tensor: Tensor) -> list[Tensor]:

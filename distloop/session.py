@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -13,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from distloop.agreement import Agreement, Signals, Stop
-from distloop.checkpoint import load_model, make_durable, save_model, write_json
-from distloop.errors import INTERRUPTED, TERMINATED, ConfigError, nearest
+from distloop.checkpoint import load_model, make_durable, model_state, save_model, write_json
+from distloop.errors import INTERRUPTED, TERMINATED, ConfigError, DataError, nearest
 from distloop.evaluation import Evaluation
 from distloop.learner import Learner
 from distloop.ledger import Ledger
@@ -110,8 +111,10 @@ class Session:
         self._agreement, self._ledger, self._evaluation = agreement, ledger, evaluation
         self._facts, self._observers, self._progress = facts, list(observers), progress
         self._models: dict[str, nn.Module] = {learner.name: learner.objective.model for learner in self.learners}
+        model_state(self._models)  # what cannot be saved is refused now, not after the training
         self.step = self.epoch = self._samples = 0
         self._evaluated_at = -1
+        self._logged_at = 0
         self._best: tuple[float, int] | None = None
         self._evaluations_without_better = 0
         self._metrics: dict[str, float] = {}  # of the last evaluation
@@ -149,8 +152,10 @@ class Session:
         """Yield epoch numbers, for ever if no number of epochs is set."""
         limits, epoch = self.limits, 0
         while limits.epochs is None or epoch < limits.epochs:
-            self.epoch = epoch
+            self.epoch, begun = epoch, self.step
             yield epoch
+            if self.step == begun:
+                raise DataError(f"epoch {epoch} had no batch: extract(epoch, world) yielded nothing")
             epoch += 1
 
     def _after_batch(self, update: Update) -> str | None:
@@ -161,8 +166,11 @@ class Session:
         if self._progress is not None:
             self._progress(self.step)
         evaluate = self._evaluation is not None and self._evaluation_due(update)
-        if evaluate or self.step == 1 or self.step % limits.log_every == 0:
+        if evaluate or self.step - self._logged_at >= limits.log_every:
+            self._logged_at = self.step
             self._log()
+        elif self.step == 1:
+            self._log()  # at once, to show that it goes
         stop = self._evaluate() if evaluate else None
         agreed = self._agreement()
         if agreed:
@@ -194,7 +202,7 @@ class Session:
         self._ledger.restart_clock()
         if not self._metrics:
             return None
-        name, sign = self._watched = self._watched or self._choose_metric()
+        name, sign = self._watched = self._choose_metric()
         value = self._metrics[name]
         for learner in self.learners:
             learner.schedule.observe(sign * value)
@@ -213,12 +221,12 @@ class Session:
         return None
 
     def _choose_metric(self) -> tuple[str, float]:
-        name = self.monitor.metric or next(iter(self._metrics))
+        name = self.monitor.metric or (self._watched[0] if self._watched else next(iter(self._metrics)))
         if name not in self._metrics:
             raise ConfigError(
                 f"monitor.metric: this evaluation returned no metric {name!r}{nearest(name, self._metrics)}"
             )
-        lower = self.monitor.mode == "min" if self.monitor.mode else _lower_is_better(name)
+        lower = self.monitor.mode == "min" if self.monitor.mode else lower_is_better(name)
         return name, 1.0 if lower else -1.0
 
     def _finish(self, reason: str, stopped: Stop, seconds: float) -> Result:
@@ -238,7 +246,7 @@ class Session:
             seconds=seconds,
             samples_per_second=self._samples / max(seconds, 1e-9),
             directory=self.directory,
-            metrics=self._best_metrics if keeps_best else self._metrics,
+            metrics=self._best_metrics if keeps_best else self._metrics if self._evaluated_at == self.step else {},
             last_metrics=self._metrics,
             best_metric=self._watched[0] if self._watched else None,
             best=self._best[0] if self._best else None,
@@ -267,5 +275,25 @@ _REASONS = {
 }
 
 
-def _lower_is_better(name: str) -> bool:
-    return any(word in name for word in ("loss", "error", "bits_per", "perplexity"))
+LOWER_IS_BETTER = ("loss", "error", "bits_per", "perplexity", "nll", "entropy", "distance", "divergence")
+LOWER_IS_BETTER_ABBREVIATED = {
+    "mae",
+    "mse",
+    "rmse",
+    "mape",
+    "wer",
+    "cer",
+    "per",
+    "ppl",
+    "bpc",
+    "bpb",
+    "fid",
+    "eer",
+    "ece",
+}
+
+
+def lower_is_better(name: str) -> bool:
+    """Return whether a metric of this name is a cost, as far as names tell; ``monitor.mode`` settles it."""
+    words = set(re.split(r"[^a-z]+", name.lower()))
+    return any(word in name.lower() for word in LOWER_IS_BETTER) or bool(words & LOWER_IS_BETTER_ABBREVIATED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,7 +69,10 @@ class Resolved:
         chosen = self.layers.get(f"{section}.name", 0)
         for dotted in self.sources:
             head, _, key = dotted.partition(".")
-            if head == section and key not in read and self.layers[dotted] >= chosen:
+            if head != section or key in read or self.layers[dotted] < chosen:
+                continue
+            values = getattr(self.config, section)
+            if getattr(values, key) != type(values).model_fields[key].get_default():  # a default does no harm
                 raise self.error(dotted, f"{method} does not read it; it reads {', '.join(sorted(read))}")
 
     def nested(self) -> dict[str, Any]:
@@ -94,6 +98,13 @@ def resolve(*layers: Settings) -> Resolved:
     nested: dict[str, dict[str, Any]] = {}
     for dotted, setting in merged.items():
         section, key = check_key(dotted, setting.source)
+        try:
+            json.dumps(setting.value)
+        except (TypeError, ValueError):
+            kind = type(setting.value).__name__
+            raise ConfigError(
+                f"{setting.source}: {dotted}: a {kind} is no number, text, list or mapping of such"
+            ) from None
         nested.setdefault(section, {})[key] = setting.value
     try:
         config = Config.model_validate(nested)
@@ -113,8 +124,11 @@ def check_section(section: str, source: str, dotted: str = "") -> None:
     from distloop.config import Config
 
     sections = Config.model_fields
-    if section not in sections:
-        raise ConfigError(f"{source}: {dotted or section}: unknown section {section!r}{nearest(section, sections)}")
+    if section in sections:
+        return
+    elsewhere = [f"{name}.{section}" for name in sections if section in _keys(name)]
+    hint = f" (did you mean {' or '.join(elsewhere)}?)" if elsewhere else nearest(section, sections)
+    raise ConfigError(f"{source}: {dotted or section}: unknown section {section!r}{hint}")
 
 
 def check_key(dotted: str, source: str) -> tuple[str, str]:
@@ -144,11 +158,16 @@ def from_file(path: Path) -> Settings:
 
 
 def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
-    """Read variables such as ``DISTLOOP_OPTIMIZER__LR=0.1``; those without a double underscore are not settings."""
+    """Read variables such as ``DISTLOOP_OPTIMIZER__LR=0.1``."""
     env = os.environ if environment is None else environment
     settings: Settings = {}
     for name, text in env.items():
-        if name.startswith(PREFIX) and "__" in name:
+        if name.startswith(PREFIX):
+            if "__" not in name:
+                raise ConfigError(
+                    f"environment {name}: settings have two underscores between section and key, as in "
+                    "DISTLOOP_OPTIMIZER__LR"
+                )
             dotted = name[len(PREFIX) :].lower().replace("__", ".", 1)
             settings[dotted] = Setting(parse_value(text, name), f"environment {name}")
     return settings
@@ -186,8 +205,15 @@ def from_mapping(sections: Mapping[str, Any], source: str = "argument") -> Setti
         if not isinstance(keys, Mapping):
             check_section(section, source)
             raise ConfigError(f"{source}: {section}: must be a mapping of keys, not {keys!r}")
-        settings |= {f"{section}.{key}": Setting(value, f"{source} {section}") for key, value in keys.items()}
+        settings |= {f"{section}.{key}": Setting(_as_in_a_file(v), f"{source} {section}") for key, v in keys.items()}
     return settings
+
+
+def _as_in_a_file(value: Any) -> Any:
+    """Return what a file would say for a Python value: lists for tuples, text for paths."""
+    if isinstance(value, tuple | list):
+        return [_as_in_a_file(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _keys(section: str) -> list[str]:

@@ -63,8 +63,10 @@ class ClipByNorm(Transform):
 
     def __call__(self, stream: Stream, total: Total) -> Stream:
         held = list(stream)
-        self.norm = _norm(held, total)  # also of a rank that owns nothing: the others count on its part
-        factor = ((self.norm + 1e-6) / self.max_norm).clamp(min=1.0)
+        norm = _norm(held, total)  # also of a rank that owns nothing: the others count on its part
+        factor = ((norm + 1e-6) / self.max_norm).clamp(min=1.0)
+        if held:
+            self.norm = norm
         for i, collected in held:
             yield i, collected.divided_by(factor)
 
@@ -120,8 +122,8 @@ class LossScale(Transform):
 
 def _norm(held: Sequence[tuple[int, Collected]], total: Total) -> Tensor:
     """Return the L2 norm over all shards, pending division included, as a scalar without device synchronisation."""
-    gradients = [g for _, collected in held for g in collected.gradients]
+    gradients = [g.float() if g.dtype.itemsize < 4 else g for _, collected in held for g in collected.gradients]
     norm = torch.nn.utils.get_total_norm(gradients)
-    norm = total(norm.square()).sqrt()
+    norm = total(norm.double().square()).sqrt().to(norm.dtype)  # the square of a float's norm may be too large for one
     divisor = held[0][1].divisor if held else None
     return norm if divisor is None else norm / divisor

@@ -47,11 +47,12 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     launcher: str = "none"
+    host_known: bool = True  # whether the launcher said which ranks share a host
 
     @property
     def single_host(self) -> bool:
-        """Whether every rank runs on this host."""
-        return self.local_size == self.size
+        """Whether every rank is known to run on this host."""
+        return self.host_known and self.local_size == self.size
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> World:
@@ -70,9 +71,15 @@ class World:
     def _from_launcher(cls, launcher: Launcher, env: Mapping[str, str]) -> World:
         rank = _number(env, launcher, launcher.rank, least=0)
         size = _number(env, launcher, launcher.size, least=1)
-        # Ranks that do not say otherwise are taken to share one host.
-        local_rank = _number(env, launcher, launcher.local_rank, least=0, default=rank)
-        local_size = _number(env, launcher, launcher.local_size, least=1, default=_slurm_tasks(env) or size)
+        tasks, task = _slurm_tasks(env), env.get("SLURM_LOCALID", "")
+        known = launcher.local_rank in env and (launcher.local_size in env or tasks is not None)
+        if known:
+            local_rank = _number(env, launcher, launcher.local_rank, least=0)
+            local_size = _number(env, launcher, launcher.local_size, least=1, default=tasks)
+        elif tasks is not None and task.isdigit():
+            local_rank, local_size, known = int(task), tasks, True
+        else:
+            local_rank, local_size = rank, size  # one host, for all that is said
         if rank >= size:
             raise WorldError(
                 f"{launcher.rank}={rank} (set by {launcher.name}) is outside the world: "
@@ -83,7 +90,7 @@ class World:
                 f"{launcher.local_rank}={local_rank} (set by {launcher.name}) is outside the host: "
                 f"{launcher.local_size}={local_size} allows local ranks 0 to {local_size - 1}"
             )
-        return cls(rank, size, local_rank, local_size, launcher.name)
+        return cls(rank, size, local_rank, local_size, launcher.name, known)
 
 
 def _slurm_tasks(env: Mapping[str, str]) -> int | None:

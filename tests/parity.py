@@ -22,7 +22,7 @@ from distloop.learner import Learner, trained_parameters
 from distloop.loop import train
 from distloop.schedules import Constant
 from distloop.strategies import Options, make
-from distloop.transforms import ClipByNorm, ClipByValue, Collected, LossScale, Stream, Total, Transform
+from distloop.transforms import ClipByNorm, ClipByValue, LossScale, Stream, Total, Transform
 from distloop.transports import Transport
 from distloop.world import World
 
@@ -189,11 +189,11 @@ class Spy(Transform):
         self.outcome, self.names = outcome, names
 
     def __call__(self, stream: Stream, total: Total) -> Stream:
-        held = [(i, Collected(collected.settle())) for i, collected in stream]
+        held = list(stream)
         if held:
             self.outcome.gradients.append(
                 {
-                    name: g.detach().clone().reshape(-1)
+                    name: (g.detach() / (1.0 if c.divisor is None else c.divisor)).reshape(-1)
                     for i, c in held
                     for name, g in zip(self.names[i], c.gradients, strict=True)
                 }
@@ -239,7 +239,9 @@ def _learner(
     if case.clip_value is not None:
         chain.append(ClipByValue(case.clip_value))
     rules = {"sgd": optimizers.SGD(0.9), "adamw": optimizers.Adam(decoupled=True)}
-    rule = optimizers.Optimizer(rules[case.rule], strategy.shards, dict.fromkeys(parameters, 0.01))
+    rule = plant.get("optimizer", optimizers.Optimizer)(
+        rules[case.rule], strategy.shards, dict.fromkeys(parameters, 0.01)
+    )
     return Learner(
         name,
         objective,

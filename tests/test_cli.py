@@ -103,7 +103,8 @@ def test_a_process_may_train_twice(tmp_path: Path) -> None:
 
 MISTAKES = [
     ("missing.yaml", [], 2, "missing.yaml: there is no such file"),
-    ("digit", [], 2, "digit: there is no such file"),
+    ("digit", [], 2, "'digit' is neither a file nor a supplied task (did you mean 'digits'?)"),
+    (DIGITS, ["--lr", "1"], 2, "did you mean optimizer.lr?"),
     ("--train.epochs", ["1"], 2, "settings come behind it"),
     (":Fine", [], 2, "is not of the form package.module:Name"),
     ("tests.user_tasks:RANK", [], 2, "is a int, which cannot be called"),
@@ -136,7 +137,7 @@ MISTAKES = [
     ("tests.user_tasks:DetachedLoss", [], 2, "depends on no trained parameter"),
     ("tests.user_tasks:Frozen", [], 2, "has no parameter that requires a gradient"),
     ("tests.user_tasks:Unused", [], 2, "the loss does not reach parameters spare.weight, spare.bias"),
-    ("tests.user_tasks:BadMetric", [], 2, "metric 'accuracy' must be a pair (sum, count)"),
+    ("tests.user_tasks:BadMetric", [], 2, "metric 'accuracy' must be a pair (sum, count), not a float"),
     ("tests.user_tasks:Empty", [], 4, "the data set is empty"),
     ("tests.user_tasks:NoLength", [], 4, "it has no length"),
     ("tests.user_tasks:CorruptSample", [], 4, "reading sample 7 failed: OSError: truncated image"),
@@ -194,6 +195,21 @@ def test_in_company_one_rank_speaks_and_all_end_soon(
     assert len(sentences(err)) == bool(message)
     assert message in err
     assert time.monotonic() - begun < 30, "not a timing: a hang would last for the timeout of five minutes"
+
+
+@pytest.mark.parametrize("lines", [0, 1, 12])
+def test_a_reader_that_leaves_does_not_end_the_training(tmp_path: Path, lines: int) -> None:
+    command = [sys.executable, "-m", "distloop", "train", DIGITS, *SHORT, "--log.name", "run"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    for _ in range(lines):
+        process.stdout.readline()
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(60) == 0, errors
+    assert (tmp_path / "runs" / "run" / "model.safetensors").exists()
 
 
 def test_a_bug_of_the_users_shows_its_traceback_once(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_lines_stand_under_each_other() -> None:
     assert [one.index(word) for word in ("epoch", "loss", "lr", "samples/s")] == [
         other.index(word) for word in ("epoch", "loss", "lr", "samples/s")
     ]
-    assert line(EVALUATE).endswith("accuracy    0.9750  * best so far")
+    assert line(EVALUATE).endswith("accuracy    0.9750  * best")
     assert "loss         -" in line(Record("train", 1, 0, {"loss": None}))
 
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from distloop.data import Batches, Minibatch
+from distloop.optimizer import Optimizer, OptimizerShard
 from distloop.strategies import Options, Parameters, Strategy, make
 from distloop.strategies.all_reduce import BucketedAllReduce
 from distloop.strategies.ddp import DDP
-from distloop.transforms import ClipByNorm, Stream, Total
+from distloop.transforms import ClipByNorm, Collected, Stream, Total
 from distloop.transports import Transport
 from distloop.world import World
 from tests.parity import Case, Outcome, difference, tolerance, trained_by_distloop, trained_plainly
@@ -54,6 +55,13 @@ class LocalNorm(ClipByNorm):
             yield from super().__call__(iter([one]), total)
 
 
+class ForgetsTheDivision(Optimizer):
+    """Applies gradients as they are, with the loss scale and the clipping still pending."""
+
+    def apply(self, collected: Collected, shard: OptimizerShard) -> None:
+        super().apply(Collected(collected.gradients), shard)
+
+
 class MeanOfMeans(Batches):
     """Weighs each rank's samples equally, whatever the tail's size."""
 
@@ -89,10 +97,11 @@ CASE = Case(samples=23, global_batch_size=8, micro_batch_size=2, clip_norm=0.1)
         (replace(CASE, clip_norm=None), {"make": mean_for_sum}),
         (CASE, {"make": last_rank_forgotten}),
         (CASE, {"clip": LocalNorm}),
+        (replace(CASE, dtype=torch.float32), {"optimizer": ForgetsTheDivision}),
         (CASE, {"batches": MeanOfMeans}),
         (replace(CASE, task="tokens"), {"batches": SamplesForTokens}),
     ],
-    ids=["mean for sum", "a rank forgotten", "local norm", "wrong tail weight", "samples for tokens"],
+    ids=["mean for sum", "a rank forgotten", "local norm", "no division", "wrong tail weight", "samples for tokens"],
 )
 def test_a_planted_bug_is_seen(case: Case, plant: dict[str, Any]) -> None:
     assert off(case, in_threads(3, trained_by_distloop, case)) <= tolerance(case)

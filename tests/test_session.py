@@ -17,7 +17,8 @@ from torch.utils.data import TensorDataset
 import distloop
 from distloop.agreement import Agreement, Signals, Stop
 from distloop.build import Builder, Place
-from distloop.errors import ConfigError, MismatchError, NonFiniteError, StorageError
+from distloop.errors import ConfigError, DataError, MismatchError, NonFiniteError, StorageError
+from distloop.session import lower_is_better
 from distloop.settings import from_mapping, resolve
 from distloop.transports import Alone, ThreadCluster, Transport
 from distloop.world import World
@@ -74,7 +75,7 @@ def test_a_run_leaves_everything_in_its_directory(tmp_path: Path) -> None:
     assert names == {"config.yaml", "logs", "metrics.jsonl", "model.safetensors", "result.json"}
     rows = records(tmp_path, result)
     assert [r["step"] for r in rows if r["kind"] == "evaluate"] == [8, 16, 24]
-    assert {r["step"] for r in rows if r["kind"] == "train"} == {1, 3, 6, 8, 9, 12, 15, 16, 18, 21, 24}
+    assert {r["step"] for r in rows if r["kind"] == "train"} == {1, 3, 6, 8, 11, 14, 16, 19, 22, 24}
     assert rows[0]["kind"] == "start" and rows[-1]["kind"] == "end"
     assert json.loads((result.directory / "result.json").read_text())["best"] == result.best
     again = fit(tmp_path)
@@ -161,11 +162,11 @@ def test_evaluation_every_n_steps_and_once_at_the_end(tmp_path: Path) -> None:
 
 
 class Worsens(distloop.Supervised):
-    """Its metric is best at the second evaluation."""
+    """Its metric is best at the second evaluation (the first call is the look at one batch before training)."""
 
     def evaluate(self, batch: Any) -> Any:
         self.calls = getattr(self, "calls", 0) + 1
-        return {"score": (float([1, 3, 2, 2, 2, 2, 2, 2][self.calls - 1]), 1.0)}
+        return {"score": (float([0, 1, 3, 2, 2, 2, 2, 2, 2][self.calls - 1]), 1.0)}
 
 
 def test_early_stopping_and_the_best_model_at_the_end(tmp_path: Path) -> None:
@@ -192,6 +193,96 @@ def test_without_keep_best_the_last_model_stays(tmp_path: Path) -> None:
     assert result.best_step == 16
     weight = given.objectives["model"].model.weight
     assert torch.equal(load_file(result.directory / "model.safetensors")["weight"], weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "lower"),
+    [("loss", True), ("mae", True), ("val/RMSE", True), ("word_error_rate", True), ("accuracy", False), ("f1", False)],
+)
+def test_what_is_better_is_told_from_the_name(name: str, lower: bool) -> None:
+    assert lower_is_better(name) == lower
+
+
+def test_a_runs_own_configuration_can_be_run_again(tmp_path: Path) -> None:
+    from distloop.settings import from_file
+
+    result = fit(tmp_path, schedule={"name": "cosine"})
+    again = resolve(from_file(result.directory / "config.yaml"))
+    Builder(again)
+    assert (
+        again.config
+        == resolve(from_mapping(sections(tmp_path, schedule={"name": "cosine"}, task={"name": "Supervised"}))).config
+    )
+
+
+def test_a_growing_data_set_is_seen_to_grow(tmp_path: Path) -> None:
+    class Growing(distloop.Supervised):
+        def collect(self, epoch: int) -> Any:
+            data = self.train
+            data.tensors = tuple(torch.cat([t, t[:20]]) for t in data.tensors)
+            return data
+
+    train, validation = problem(20)
+    result = fit(tmp_path, (), Growing(nn.Linear(4, 2), nn.CrossEntropyLoss(), train, validation))
+    assert result.steps == 5 + 8 + 10, "40, 60 and 80 samples in batches of 8"
+
+
+def test_data_sets_that_differ_by_rank_are_refused(tmp_path: Path) -> None:
+    from torch.utils.data import Subset
+
+    train, _ = problem()
+
+    def given(rank: int) -> distloop.Supervised:
+        return task(train=Subset(train, range(rank, 40 + rank)))
+
+    with pytest.raises(MismatchError, match="ranks differ in the data set: contents is"):
+        run_in_threads(2, tmp_path, given)
+
+
+def test_an_epoch_without_batches_is_an_error(tmp_path: Path) -> None:
+    class Exhausted:
+        def extract(self, epoch: int, world: World) -> Any:
+            return iter(())
+
+    class Nothing(distloop.Supervised):
+        def collect(self, epoch: int) -> Any:
+            return Exhausted()
+
+    train, validation = problem()
+    with pytest.raises(DataError, match="epoch 0 had no batch"):
+        fit(tmp_path, (), Nothing(nn.Linear(4, 2), nn.CrossEntropyLoss(), train, validation))
+
+
+def test_parameters_with_gaps_in_memory_are_refused(tmp_path: Path) -> None:
+    model = nn.Linear(4, 2)
+    model.weight = nn.Parameter(torch.randn(2, 8)[:, :4])
+    with pytest.raises(ConfigError, match=r"'weight' has gaps or overlaps in memory"):
+        fit(tmp_path, (), task(model=model))
+
+
+def test_reentrant_checkpoints_are_refused(tmp_path: Path) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.second(checkpoint(self.first, x.clone().requires_grad_(), use_reentrant=True))
+
+    for unused in ("refuse", "zeros"):
+        with pytest.raises(ConfigError, match="use_reentrant=False"):
+            fit(tmp_path, (), task(model=Hidden()), strategy={"unused_parameters": unused})
+
+
+def test_buffers_that_share_memory_are_saved(tmp_path: Path) -> None:
+    model = nn.Linear(4, 2)
+    table = torch.arange(6.0)
+    model.register_buffer("table", table)
+    model.register_buffer("head", table[:3])
+    saved = load_file(fit(tmp_path, (), task(model=model)).directory / "model.safetensors")
+    assert saved["head"].tolist() == [0, 1, 2] and saved["table"].tolist() == list(range(6))
 
 
 def test_min_delta_and_mode(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ def write(folder: Path, text: str) -> Path:
 def test_layers_win_in_order_and_each_value_knows_its_source(tmp_path: Path) -> None:
     path = write(tmp_path, "optimizer:\n  name: sgd\n  lr: 1e-3\n  momentum: 0.5\ntrain:\n  seed: 1\n")
     environment = from_environment({"DISTLOOP_TRAIN__SEED": "2", "DISTLOOP_OPTIMIZER__LR": "2e-3", "HOME": "/"})
+    with pytest.raises(ConfigError, match="DISTLOOP_OPTIMIZER_LR: settings have two underscores"):
+        from_environment({"DISTLOOP_OPTIMIZER_LR": "2e-3"})
     resolved = resolve(from_file(path), environment, from_arguments(["--optimizer.lr=3e-3"]))
     rows = {key: (value, source) for key, value, source in resolved.rows()}
     assert rows["optimizer.lr"] == (3e-3, "command line --optimizer.lr")
@@ -145,6 +148,13 @@ def test_any_text_is_a_configuration_or_one_clear_error(text: str) -> None:
             resolve(from_file(path))
         except ConfigError as failure:
             assert "my.yaml" in str(failure)
+
+
+def test_python_values_are_taken_as_a_file_would_say_them() -> None:
+    config = resolve(from_mapping({"optimizer": {"betas": (0.9, 0.95)}, "log": {"directory": Path("runs")}})).config
+    assert (config.optimizer.betas, config.log.directory) == ([0.9, 0.95], "runs")
+    with pytest.raises(ConfigError, match="a Thread is no number, text, list or mapping"):
+        resolve(from_mapping({"task": {"name": "digits", "model": threading.Thread()}}))
 
 
 def test_python_callers_are_told_too() -> None:

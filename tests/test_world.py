@@ -35,7 +35,8 @@ SLURM = {
         (SLURM, World(5, 8, 1, 3, "Slurm")),
         (SLURM | {"SLURM_NODEID": "2"}, World(5, 8, 1, 2, "Slurm")),
         (SLURM | TORCHRUN, World(3, 4, 1, 2, "torchrun")),
-        ({"RANK": "1", "WORLD_SIZE": "2"}, World(1, 2, 1, 2, "torchrun")),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, World(1, 2, 1, 2, "torchrun", False)),
+        (SLURM | {"RANK": "5", "WORLD_SIZE": "8"}, World(5, 8, 1, 3, "torchrun")),  # a common recipe in job scripts
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, World(0, 1, 0, 1, "none")),  # salloc's shell is no rank
     ],
 )
@@ -67,3 +68,4 @@ def test_a_missing_variable_is_named(name: str) -> None:
 def test_single_host() -> None:
     assert World(0, 2, 0, 2).single_host
     assert not World(0, 4, 0, 2).single_host
+    assert not World(0, 2, 0, 2, "torchrun", False).single_host

@@ -22,7 +22,7 @@ def with_model(model: nn.Module) -> distloop.Supervised:
 
 
 def with_loss(loss: Any) -> distloop.Supervised:
-    return distloop.Supervised(nn.Linear(4, 2), loss, DATA, DATA)
+    return distloop.Supervised(nn.Linear(4, 2), loss, DATA)
 
 
 def with_data(data: Any) -> distloop.Supervised:
@@ -103,12 +103,16 @@ def UnusedLater() -> distloop.Supervised:
 
 
 def DetachedOnTheLastRank() -> distloop.Supervised:
-    return DetachedLoss() if RANK else Fine()
+    return DetachedLoss() if RANK else with_loss(nn.CrossEntropyLoss())
 
 
 def OtherLength() -> distloop.Supervised:
     n = 20 + RANK
     return with_data(TensorDataset(torch.zeros(n, 4), torch.zeros(n).long()))
+
+
+def ValidationOnOneRank() -> distloop.Supervised:
+    return with_data(DATA) if RANK else Fine()
 
 
 def NoValidation() -> distloop.Supervised:

@@ -9,18 +9,19 @@ import torch
 from torch import nn
 
 from distloop.agreement import Agreement
+from distloop.build.contents import fingerprint, samples_in
 from distloop.build.facts import facts
 from distloop.build.method import Method
 from distloop.build.place import Place, make_directory, make_place, write_configuration
 from distloop.data import Batches, Loading, Plan, derive_seed
-from distloop.errors import ConfigError, DataError, nearest
+from distloop.errors import ConfigError, nearest
 from distloop.evaluation import Evaluation
 from distloop.learner import Learner, Objective, autocast, trained_parameters
 from distloop.ledger import Ledger
 from distloop.messages import agree_on
 from distloop.observers import make_observers
 from distloop.optimizer import Optimizer
-from distloop.session import Limits, Monitor, Observer, Session
+from distloop.session import Limits, Monitor, Observer, Session, lower_is_better
 from distloop.settings import Resolved
 from distloop.strategies import STRATEGIES, Options, Strategy, make
 from distloop.strategies.base import agree_on_model
@@ -32,30 +33,35 @@ __all__ = ["Builder", "Place", "make_place"]
 
 
 class Fed:
-    """A task whose ``collect`` gives what the loop extracts from: the user's data set, in global batches."""
+    """A task whose ``collect`` gives what the loop extracts from: the user's data set, in global batches.
 
-    def __init__(self, task: Any, batches: Callable[[Any], Batches]):
-        self._task, self._batches = task, batches
+    Collecting happens under the same seed on every rank, whatever they drew before: a data set that is made at random
+    must be the same on all of them.
+    """
+
+    def __init__(self, task: Any, batches: Callable[[Any], Batches], seed: int):
+        self._task, self._batches, self._seed = task, batches, seed
+        self._epoch: int | None = None
         self._data: Any = None
+        self._size: int | None = None
         self._fed: Any = None
-        self._peeked: tuple[int, Any] | None = None
 
     def collect(self, epoch: int) -> Any:
-        """Return the data of ``epoch`` in global batches; the same object as long as the user's is the same."""
-        if self._peeked is not None and self._peeked[0] == epoch:
-            data, self._peeked = self._peeked[1], None
-        else:
-            data = self._task.collect(epoch)
-        if hasattr(data, "extract"):
-            return data
-        if data is not self._data:
-            self._data, self._fed = data, self._batches(data)
+        """Return the data of ``epoch`` in global batches; collected once, however often it is asked for."""
+        if epoch != self._epoch:
+            self._epoch = epoch
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(derive_seed("collect", self._seed, epoch))
+                self._enter(self._task.collect(epoch))
         return self._fed
 
-    def peek(self, epoch: int) -> Any:
-        """Return the user's data of ``epoch``; the loop will get the same, collected once."""
-        self._peeked = epoch, self._task.collect(epoch)
-        return self._peeked[1]
+    def _enter(self, data: Any) -> None:
+        if hasattr(data, "extract"):
+            self._fed = data
+            return
+        size = samples_in(data, "collect(epoch)")
+        if data is not self._data or size != self._size:
+            self._data, self._size, self._fed = data, size, self._batches(data)
 
 
 class Builder:
@@ -83,17 +89,17 @@ class Builder:
         task = self._task
         if task is None:
             task = make_task(config.task.name, config.task.options, self.resolved.source("task.name"))
+        agree_on(transport, {"objectives": list(task.objectives)}, "the task")
         strategies = {name: self._strategy(name, o, place) for name, o in task.objectives.items()}
         # From here on ranks draw different numbers: dropout must not repeat itself on every rank.
         torch.manual_seed(derive_seed("rank", config.train.seed, world.rank))
         weighers = {name: o.weight for name, o in task.objectives.items() if hasattr(o, "weight")}
-        fed = Fed(task, lambda data: self._batches(task, data, place, weighers))
-        first = fed.peek(0)
-        plan = None if hasattr(first, "extract") else self._plan(first, place)
+        fed = Fed(task, lambda data: self._batches(task, data, place, weighers), config.train.seed)
+        plan = getattr(fed.collect(0), "plan", None)
         steps = self._steps(plan)
         learners = [self._learner(name, o, strategies[name], steps) for name, o in task.objectives.items()]
         evaluation = self._evaluation(task, place)
-        self._check_monitor(evaluation)
+        monitored = self._check_monitor(evaluation)
         directory = make_directory(config, world, transport)
         if world.rank == 0:
             write_configuration(directory, self.resolved)
@@ -119,7 +125,7 @@ class Builder:
             ledger=Ledger(learners, transport, explosion=monitor.explosion),
             evaluation=evaluation,
             directory=directory,
-            facts=facts(config, learners, plan, steps, place, directory),
+            facts=facts(config, learners, plan, steps, place, directory, monitored),
             observers=[*built_in, *users],
             progress=progress,
         )
@@ -146,15 +152,12 @@ class Builder:
         known = [n for n in (by_epochs, self.config.train.max_steps) if n is not None]
         return min(known) if known else None
 
-    def _plan(self, data: Any, place: Place) -> Plan:
-        size = _size(data, "collect(epoch)")
-        agree_on(place.transport, {"number of samples": size}, "the data set")
-        return Plan(size, self.config.data.global_batch_size, self.config.data.micro_batch_size)
-
     def _batches(self, task: Any, data: Any, place: Place, weighers: Weighers) -> Batches:
+        size = samples_in(data, "collect(epoch)")
+        agree_on(place.transport, {"number of samples": size, "contents": fingerprint(data)}, "the data set")
         return Batches(
             data,
-            self._plan(data, place),
+            Plan(size, self.config.data.global_batch_size, self.config.data.micro_batch_size),
             seed=self.config.train.seed,
             shuffle=self.config.data.shuffle,
             device=place.device,
@@ -170,10 +173,11 @@ class Builder:
 
     def _evaluation(self, task: Any, place: Place) -> Evaluation | None:
         samples = getattr(task, "validation", None)
+        size = 0 if samples is None else samples_in(samples, "validation")
+        facts = {"number of validation samples": size, "contents": fingerprint(samples)}
+        agree_on(place.transport, facts, "the validation data")
         if samples is None:
             return None
-        size = _size(samples, "validation")
-        agree_on(place.transport, {"number of validation samples": size}, "the data set")
         for metric in getattr(task, "metrics", {}).values():
             if hasattr(metric, "to"):  # torchmetrics keep their sums where their inputs are
                 metric.to(place.device)
@@ -194,6 +198,9 @@ class Builder:
     def _strategy(self, name: str, objective: Objective, place: Place) -> Strategy:
         """Move a model to its device, make it the same on all ranks, and choose how its gradients are collected."""
         model = objective.model.to(place.device)
+        for held in vars(objective).values():  # a loss with class weights, a frozen teacher
+            if isinstance(held, nn.Module):
+                held.to(place.device)
         if place.world.size > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
             raise ConfigError(
                 f"objective {name!r}: SyncBatchNorm waits for every rank at every forward pass, and here a rank may "
@@ -221,8 +228,8 @@ class Builder:
             unused=self.config.strategy.unused_parameters,
         )
 
-    def _check_monitor(self, evaluation: Evaluation | None) -> None:
-        """Refuse to wait for a metric that will never come."""
+    def _check_monitor(self, evaluation: Evaluation | None) -> str | None:
+        """Refuse to wait for a metric that will never come; return in words what is watched."""
         monitor, error = self.config.monitor, self.resolved.error
         if evaluation is None:
             waiting = {"monitor.metric": monitor.metric, "monitor.patience": monitor.patience}
@@ -231,22 +238,22 @@ class Builder:
                     raise error(dotted, "needs validation data, and the task has none")
             if self.config.schedule.name == "plateau":
                 raise error("schedule.name", "plateau needs validation data, and the task has none")
-        elif monitor.metric is not None and monitor.metric not in (names := evaluation.names()):
-            raise error(
-                "monitor.metric", f"evaluation returns no metric {monitor.metric!r}{nearest(monitor.metric, names)}"
-            )
+            return None
+        # One batch is evaluated now, so that a mistake in it shows before the training and not after an epoch of it.
+        names = evaluation.names()
+        if monitor.metric is not None and monitor.metric not in names:
+            hint = nearest(monitor.metric, names)
+            raise error("monitor.metric", f"evaluation of the first batch returns no metric {monitor.metric!r}{hint}")
+        if not names:
+            return None
+        name = monitor.metric or names[0]
+        lower = monitor.mode == "min" if monitor.mode else lower_is_better(name)
+        kept = "the best model is kept" if monitor.keep_best else "the last model is kept"
+        return f"{name}, {'lower' if lower else 'higher'} is better; {kept}"
 
     def _run_facts(self) -> dict[str, Any]:
-        """Return what must be the same on every rank before any of it is used."""
-        values = {dotted: value for dotted, value, _ in self.resolved.rows()}
+        """Return what must be the same on every rank before any of it is used: all that decides what is computed."""
+        own = {"log.directory", "log.name", "log.progress", "log.tensorboard", "log.picture", "log.observers"}
+        own |= {"world.threads", "data.workers", "data.prefetch", "data.pin_memory", "data.worker_timeout"}
+        values = {dotted: value for dotted, value, _ in self.resolved.rows() if dotted not in own}
         return values | {"version of torch": torch.__version__}
-
-
-def _size(data: Any, what: str) -> int:
-    try:
-        size = len(data)
-    except TypeError:
-        raise DataError(f"{what}: a {type(data).__name__} is no map-style data set: it has no length") from None
-    if size == 0:
-        raise DataError(f"{what}: the data set is empty")
-    return size

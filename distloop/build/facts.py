@@ -16,7 +16,13 @@ from distloop.learner import Learner
 
 
 def facts(
-    config: Config, learners: Sequence[Learner], plan: Plan | None, steps: int | None, place: Place, directory: Path
+    config: Config,
+    learners: Sequence[Learner],
+    plan: Plan | None,
+    steps: int | None,
+    place: Place,
+    directory: Path,
+    monitored: str | None,
 ) -> dict[str, str]:
     """Return one line each about task, world, strategy, batch, length, optimizer and place of the results."""
     world, strategy = place.world, config.strategy.name
@@ -31,11 +37,16 @@ def facts(
         lines["batch"] = _batch(plan, world.size)
     lines["length"] = "until stopped" if steps is None else f"{steps} steps"
     lines["optimizer"] = _optimizer(config, learners[0].base_lr)
+    if monitored is not None:
+        lines["monitor"] = monitored
     lines["precision"] = config.precision.name
     models = [learner.objective.model for learner in learners]
     split = world.size > 1 or (plan is not None and plan.accumulation(1) > 1)
     if split and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for model in models for m in model.modules()):
         lines["note"] = "BatchNorm normalises each micro-batch by itself, so results depend on how batches are split"
+    warm_up = config.schedule.warmup_steps
+    if steps is not None and 0 < steps <= warm_up:
+        lines["note"] = f"the run ends within its warm-up of {warm_up} steps, below the full learning rate"
     return lines | {"results": str(directory)}
 
 

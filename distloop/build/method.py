@@ -15,7 +15,7 @@ from distloop.config import OptimizerSection, ScheduleSection
 from distloop.settings import Resolved
 from distloop.tasks import import_object
 
-# Which keys each method reads, beside the common ones; a key that nobody reads is refused where it is given.
+# Which keys each method reads, beside the common ones; another method's key is refused where it is given.
 OPTIMIZERS = {
     "sgd": {"momentum", "nesterov"},
     "rmsprop": {"momentum", "eps", "alpha"},

@@ -17,11 +17,17 @@ from distloop.observers.text import label, line, number
 from distloop.session import Record
 
 
+class _RichConsole(RichConsole):
+    def on_broken_pipe(self) -> None:
+        """Say so, where rich would end the process."""
+        raise BrokenPipeError
+
+
 class Console:
     """Prints records; with a progress bar below them if the output is a terminal (or ``progress`` says so)."""
 
     def __init__(self, total_steps: int | None, progress: bool | None = None):
-        self._console = RichConsole(highlight=False, soft_wrap=True, force_terminal=True if progress else None)
+        self._console = _RichConsole(highlight=False, soft_wrap=True, force_terminal=True if progress else None)
         self._total = total_steps
         self.shows_progress = self._console.is_terminal if progress is None else progress
         self._bar = Progress(
@@ -79,7 +85,7 @@ class Console:
 
     def _summary(self, result: Mapping[str, Any]) -> None:
         rows = {
-            "ended": f"{result['reason']}, after {result['steps']} steps ({result['epochs']} epochs)",
+            "ended": f"{result['reason']}, after {result['steps']} steps, in epoch {result['epochs']}",
             "time": f"{result['seconds']:.1f} s, {result['samples_per_second']:,.0f} samples/s",
         }
         if result["skipped"]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from distloop.session import Record
 
-NARROW = {"best"}
+LEFT_OUT = {"best"}  # said otherwise
 
 
 def line(record: Record, total_steps: int | None = None) -> str:
@@ -16,18 +16,18 @@ def line(record: Record, total_steps: int | None = None) -> str:
     width = len(str(total_steps)) if total_steps is not None else 6
     head = f"step {record.step:>{width}}{total}  epoch {record.epoch + 1:>3}"
     if record.kind == "evaluate":
-        star = "  * best so far" if record.values.get("best") else ""
-        return f"{head}  evaluation  {_columns(record.values)}{star}"
+        star = "  * best" if record.values.get("best") else ""
+        return f"{head}  eval  {_columns(record.values)}{star}"
     return f"{head}  {_columns(record.values)}"
 
 
 def _columns(values: Mapping[str, Any]) -> str:
-    return "  ".join(f"{label(key)} {number(key, value)}" for key, value in values.items() if key not in NARROW)
+    return "  ".join(f"{label(key)} {number(key, value)}" for key, value in values.items() if key not in LEFT_OUT)
 
 
 def label(key: str) -> str:
     """Return a metric's name as people write it."""
-    return key.replace("samples_per_second", "samples/s").replace("_", " ")
+    return key.replace("samples_per_second", "samples/s").replace("gradient_norm", "grad norm").replace("_", " ")
 
 
 def number(key: str, value: Any) -> str:

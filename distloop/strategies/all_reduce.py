@@ -21,7 +21,11 @@ class Bucket:
         self.shard = [Segment(name, p, 0, p.numel(), p.detach()) for name, p in members.items()]
         self.flat = torch.zeros(sum(s.stop for s in self.shard), dtype=first.dtype, device=first.device)
         sizes = [segment.stop for segment in self.shard]
-        self.gradients = [like(s, part) for s, part in zip(self.shard, self.flat.split(sizes), strict=True)]
+        # With the parameter's own strides (channels_last, say): optimizers walk both side by side in memory.
+        self.gradients = [
+            part.as_strided(s.parameter.shape, s.parameter.stride(), part.storage_offset())
+            for part, s in zip(self.flat.split(sizes), self.shard, strict=True)
+        ]
         for segment, view in zip(self.shard, self.gradients, strict=True):
             segment.parameter.grad = view
 
@@ -57,22 +61,6 @@ class BucketedAllReduce(Strategy):
     def settle(self) -> None:
         for bucket in self.buckets:
             bucket.flat.zero_()
-
-
-def like(segment: Segment, part: Tensor) -> Tensor:
-    """Return a view of the flat ``part`` with the parameter's shape and strides (channels_last, say).
-
-    Element-wise kernels walk gradient and parameter side by side in memory, so they must lie alike.
-    """
-    p = segment.parameter
-    expected = 1
-    for stride, size in sorted(zip(p.stride(), p.shape, strict=True)):
-        if size > 1 and stride != expected:
-            raise ConfigError(
-                f"parameter {segment.name!r} has gaps or overlaps in memory (strides {p.stride()}); make it contiguous"
-            )
-        expected *= size
-    return part.as_strided(p.shape, p.stride(), part.storage_offset())
 
 
 def fill(parameters: Parameters, capacity: int) -> list[Parameters]:

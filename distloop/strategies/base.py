@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from distloop.errors import MismatchError
+from distloop.errors import ConfigError, MismatchError
 from distloop.transports import Transport
 
 Parameters = Mapping[str, nn.Parameter]
@@ -61,6 +61,12 @@ class Strategy(ABC):
         self.parameters, self.transport = parameters, transport
         self._list = list(parameters.values())
         self._initial: tuple[float, Tensor] | None = None
+        for name, parameter in parameters.items():
+            if not is_dense(parameter):
+                raise ConfigError(
+                    f"parameter {name!r} has gaps or overlaps in memory (strides {parameter.stride()}): make it "
+                    "of its own memory, as in nn.Parameter(tensor.clone())"
+                )
         agree_on_model(parameters, transport)
         for parameter in self._list:
             transport.broadcast(parameter.detach())
@@ -100,6 +106,19 @@ def whole(parameters: Parameters) -> Shard:
     return [Segment(name, p, 0, p.numel(), p.detach()) for name, p in parameters.items()]
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Return whether the elements fill a stretch of memory, in whatever order of dimensions.
+
+    Element-wise kernels walk parameter, gradient and state side by side in memory, so they must all lie alike.
+    """
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return tensor.numel() == 0
+        expected *= size
+    return True
+
+
 def agree_on_model(parameters: Mapping[str, Tensor], transport: Transport) -> None:
     """Check that all ranks have the same parameters (or buffers) in the same order.
 
@@ -112,7 +131,7 @@ def agree_on_model(parameters: Mapping[str, Tensor], transport: Transport) -> No
     counts = transport.all_gather(torch.tensor([count], dtype=torch.int64)).wait()[:, 0].tolist()
     if len(set(counts)) > 1:
         raise MismatchError(f"ranks have different models: the numbers of parameters or buffers by rank are {counts}")
-    own = [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in parameters.items()]
+    own = [f"{name} {tuple(p.shape)} {p.stride()} {p.dtype}" for name, p in parameters.items()]
     digests = torch.tensor([_digest(text) for text in own], dtype=torch.int64)
     rows = transport.all_gather(digests).wait()
     for rank in range(transport.size):

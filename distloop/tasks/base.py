@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from distloop.errors import ConfigError
 from distloop.learner import Objective
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -75,6 +76,10 @@ class Supervised:
         collate: Callable[[Sequence[Any]], Any] | None = None,
         name: str = "model",
     ):
+        if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
+            raise ConfigError(
+                "loss has parameters of its own to train: make them part of the model, or write an objective"
+            )
         self.objectives: Mapping[str, Objective] = {name: SupervisedObjective(model, loss, weight)}
         self.train, self.validation, self.collate = train, validation, collate
         self.metrics = dict(metrics or {})

@@ -76,7 +76,16 @@ class ByteLM(Supervised):
         max_bytes: int = 8_000_000,
         validation_bytes: int = 100_000,
     ):
-        sizes = {"context": context, "width": width, "layers": layers, "heads": heads, "max_bytes": max_bytes}
+        if not 0.0 <= dropout < 1.0:
+            raise ConfigError(f"task.dropout: {dropout} must be at least 0 and below 1")
+        sizes = {
+            "validation_bytes": validation_bytes,
+            "context": context,
+            "width": width,
+            "layers": layers,
+            "heads": heads,
+            "max_bytes": max_bytes,
+        }
         for name, size in sizes.items():
             if size < 1:
                 raise ConfigError(f"task.{name}: {size} is too small; it must be at least 1")

@@ -43,6 +43,8 @@ class Digits(Supervised):
     ):
         if model not in ("cnn", "mlp"):
             raise ConfigError(f"task.model: {model!r} is neither cnn nor mlp")
+        if not 0.0 <= dropout < 1.0:
+            raise ConfigError(f"task.dropout: {dropout} must be at least 0 and below 1")
         if hidden < 1:
             raise ConfigError(f"task.hidden: {hidden} is too small; it must be at least 1")
         images, labels = load_digits()

@@ -41,7 +41,10 @@ class TorchTransport(Transport):
         return Rows(rows, [_work(work)])
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> None:
-        dist.broadcast(tensor, root, group=self.data if tensor.is_cuda else self.control)
+        whole = tensor.contiguous()  # gloo writes as if it were
+        dist.broadcast(whole, root, group=self.data if tensor.is_cuda else self.control)
+        if whole is not tensor and 0 not in tensor.stride():  # (an expanded tensor has no elements to write to)
+            tensor.copy_(whole)
 
     def close(self, *, failed: bool = False) -> None:
         if failed:
@@ -84,7 +87,12 @@ def connect(world: World, *, backend: str, device: torch.device, timeout: float)
         )
     if backend == "nccl" and device.type != "cuda":
         raise WorldError(nccl_unusable())
-    if world.single_host:
+    if dist.is_initialized():
+        raise WorldError(
+            "this process has joined the other ranks before, and a run that failed, or code of yours, has not left "
+            "them: start the ranks again, and let distloop call init_process_group"
+        )
+    if world.single_host or os.environ["MASTER_ADDR"] in ("127.0.0.1", "::1", "localhost"):
         # Without this gloo resolves the host name and listens on whatever interface that gives.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     limit = timedelta(seconds=timeout)
