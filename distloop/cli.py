@@ -18,10 +18,9 @@ if TYPE_CHECKING:
 
 SETTINGS_FOLLOW = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["-h", "--help"]}
 SETTINGS_HELP = """
-
 Any value of the configuration can be set behind TARGET by its dotted key, as in --optimizer.lr 0.1, or by an
-environment variable, as in DISTLOOP_OPTIMIZER__LR=0.1; the command line wins over the environment, the environment over the file.
-distloop config TARGET lists all keys."""
+environment variable, as in DISTLOOP_OPTIMIZER__LR=0.1; the command line wins over the environment, the environment
+over the file. distloop config TARGET lists all keys."""
 
 
 class _Command(click.Command):

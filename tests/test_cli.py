@@ -139,7 +139,7 @@ MISTAKES = [
     ("tests.user_tasks:Unused", [], 2, "the loss does not reach parameters spare.weight, spare.bias"),
     ("tests.user_tasks:BadMetric", [], 2, "metric 'accuracy' must be a pair (sum, count), not a float"),
     ("tests.user_tasks:Empty", [], 4, "the data set is empty"),
-    ("tests.user_tasks:NoLength", [], 4, "it has no length"),
+    ("tests.user_tasks:NoLength", [], 4, "has no length; a map-style data set is needed"),
     ("tests.user_tasks:CorruptSample", [], 4, "reading sample 7 failed: OSError: truncated image"),
     (
         str(ROOT / "configs" / "byte_lm.yaml"),
@@ -161,6 +161,7 @@ def test_a_mistake_is_one_sentence_and_an_exit_code(
 
 
 IN_COMPANY = [
+    ("tests.user_tasks:ValidationOnOneRank", "naive", {12}, "number of validation samples is 20 on rank 0 and 0"),
     ("tests.user_tasks:Fin", "ddp", {2}, "has no 'Fin'"),
     ("tests.user_tasks:VectorLoss", "ddp", {2}, "it must be a scalar"),
     ("tests.user_tasks:Unused", "ddp", {2}, "the loss does not reach parameters spare.weight"),
