@@ -24,6 +24,9 @@ def fit(
 ) -> Result:
     """Train ``task`` and return how it went; its models are then the best ones.
 
+    A signal (Ctrl-C, SIGTERM) ends the run, not the program: see ``Result.exit_code``. Seed torch before you build a
+    model whose first weights are to be the same in every run.
+
     Runs alone in a plain Python process, and as one rank of many under torchrun.
 
     Args:

@@ -98,7 +98,9 @@ class TrainSection(Section):
     )
     max_steps: Positive | None = Field(None, description="stop after this many global batches")
     max_seconds: PositiveFloat | None = Field(None, description="stop after this much time")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of initial weights, data order and dropout")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="of data order, dropout, and the initial weights of tasks that are made by name"
+    )
 
 
 class EvaluateSection(Section):
