@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from distloop.errors import DistloopError
     from distloop.learner import Learner, Objective
     from distloop.loop import Update, train
-    from distloop.session import Record, Result
+    from distloop.records import Record, Result
     from distloop.tasks.base import Supervised, Task, accuracy
     from distloop.world import World
 
@@ -26,8 +26,8 @@ _HOME = {
     "Objective": "distloop.learner",
     "Update": "distloop.loop",
     "train": "distloop.loop",
-    "Record": "distloop.session",
-    "Result": "distloop.session",
+    "Record": "distloop.records",
+    "Result": "distloop.records",
     "Supervised": "distloop.tasks.base",
     "Task": "distloop.tasks.base",
     "accuracy": "distloop.tasks.base",

@@ -9,7 +9,7 @@ from typing import Any
 from distloop.build import Builder, make_place
 from distloop.errors import found_by_all
 from distloop.failure import lost_peer
-from distloop.session import Observer, Result
+from distloop.records import Observer, Result
 from distloop.settings import Resolved, from_environment, from_file, from_mapping, resolve
 from distloop.tasks import check_task
 from distloop.world import World

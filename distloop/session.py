@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +20,9 @@ from distloop.evaluation import Evaluation
 from distloop.learner import Learner
 from distloop.ledger import Ledger
 from distloop.loop import Collects, Update, train
+from distloop.records import Observer, Record, Result
 from distloop.transports import Transport
 from distloop.world import World
-
-
-@dataclass(frozen=True)
-class Record:
-    """Something that happened; ``kind`` is start, train, evaluate, end or failure. Exact over all ranks, alike on each.
-
-    A failure is the exception: it is a rank's own.
-    """
-
-    kind: str
-    step: int
-    epoch: int
-    values: Mapping[str, Any]
-
-
-# Called on rank 0 with every record; returning True asks for a stop.
-Observer = Callable[[Record], object]
 
 
 @dataclass(frozen=True)
@@ -61,29 +45,6 @@ class Monitor:
     patience: int | None = None
     min_delta: float = 0.0
     keep_best: bool = True
-
-
-@dataclass
-class Result:
-    """How a run ended. ``metrics`` are those of the model that was kept: the best one, or the last."""
-
-    reason: str
-    steps: int
-    epochs: int
-    seconds: float
-    samples_per_second: float
-    directory: Path
-    metrics: dict[str, float] = field(default_factory=dict)
-    last_metrics: dict[str, float] = field(default_factory=dict)
-    best_metric: str | None = None
-    best: float | None = None
-    best_step: int | None = None
-    skipped: int = 0
-    exit_code: int = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it with JSON's types only."""
-        return asdict(self) | {"directory": str(self.directory)}
 
 
 class Session:

@@ -24,7 +24,7 @@ FLOORS = [
     ["learner"],
     ["checkpoint"],
     ["loop"],
-    ["agreement", "ledger", "evaluation"],
+    ["agreement", "ledger", "evaluation", "records"],
     ["session"],
     ["observers", "tasks"],
     ["yaml_file", "config", "settings"],
@@ -103,7 +103,7 @@ def test_files_and_functions_can_be_read() -> None:
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef) and node.name != "__init__":
                 length = (node.end_lineno or 0) - node.lineno + 1
-                assert length <= 65, f"{module.name}: {node.name} has {length} lines"
+                assert length <= 45, f"{module.name}: {node.name} has {length} lines"
 
 
 def test_strategies_appear_in_the_parity_tests() -> None:

@@ -14,7 +14,7 @@ from distloop.observers.console import Console
 from distloop.observers.files import JsonLines, LogFile, TensorBoard
 from distloop.observers.pictures import LearningCurves
 from distloop.observers.text import line
-from distloop.session import Record
+from distloop.records import Record
 
 TRAIN = Record("train", 50, 0, {"loss": 0.5, "lr": 1e-3, "samples_per_second": 12345.6})
 LATER = Record("train", 1000, 11, {"loss": 12.25, "lr": 1.25e-4, "samples_per_second": 345.0})

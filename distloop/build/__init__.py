@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,13 +22,15 @@ from distloop.ledger import Ledger
 from distloop.messages import agree_on
 from distloop.observers import make_observers
 from distloop.optimizer import Optimizer
-from distloop.session import Limits, Monitor, Observer, Session, lower_is_better
+from distloop.records import Observer
+from distloop.session import Limits, Monitor, Session, lower_is_better
 from distloop.settings import Resolved
 from distloop.strategies import STRATEGIES, Options, Strategy, make
 from distloop.strategies.base import agree_on_model
 from distloop.tasks import import_object, make_task
 
 Weighers = Mapping[str, Callable[[Any], float]]
+Progress = Callable[[int], None]
 
 __all__ = ["Builder", "Place", "make_place"]
 
@@ -103,16 +106,7 @@ class Builder:
         directory = make_directory(config, world, transport)
         if world.rank == 0:
             write_configuration(directory, self.resolved)
-        built_in, progress = make_observers(
-            directory,
-            rank=world.rank,
-            total_steps=steps,
-            progress=config.log.progress,
-            tensorboard=config.log.tensorboard,
-            picture=config.log.picture,
-        )
-        named = [import_object(path, self.resolved.source("log.observers")) for path in config.log.observers]
-        users = [*named, *observers] if world.rank == 0 else []
+        shown, progress = self._observers(directory, steps, world.rank)
         monitor = config.monitor
         return Session(
             fed,
@@ -126,9 +120,23 @@ class Builder:
             evaluation=evaluation,
             directory=directory,
             facts=facts(config, learners, plan, steps, place, directory, monitored),
-            observers=[*built_in, *users],
+            observers=[*shown, *(observers if world.rank == 0 else ())],
             progress=progress,
         )
+
+    def _observers(self, directory: Path, steps: int | None, rank: int) -> tuple[list[Observer], Progress | None]:
+        """Return the supplied observers and those that the configuration names, and what advances the progress bar."""
+        log = self.config.log
+        supplied, progress = make_observers(
+            directory,
+            rank=rank,
+            total_steps=steps,
+            progress=log.progress,
+            tensorboard=log.tensorboard,
+            picture=log.picture,
+        )
+        named = [import_object(path, self.resolved.source("log.observers")) for path in log.observers]
+        return [*supplied, *(named if rank == 0 else [])], progress
 
     @property
     def _epochs(self) -> int | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distloop.errors import ConfigError
-from distloop.session import Observer
+from distloop.records import Observer
 
 
 def make_observers(

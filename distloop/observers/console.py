@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from distloop.observers.text import label, line, number
-from distloop.session import Record
+from distloop.records import Record
 
 
 class _RichConsole(RichConsole):

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from distloop.checkpoint import finite
 from distloop.observers.text import line
-from distloop.session import Record
+from distloop.records import Record
 
 LAST = ("end", "failure")
 

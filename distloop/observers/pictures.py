@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distloop.observers.text import label
-from distloop.session import Record
+from distloop.records import Record
 
 
 class LearningCurves:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from distloop.session import Record
+from distloop.records import Record
 
 LEFT_OUT = {"best"}  # said otherwise
 

@@ -78,20 +78,7 @@ def connect(world: World, *, backend: str, device: torch.device, timeout: float)
     Raises:
         WorldError: an address is missing, NCCL is not usable here, or the ranks did not find each other.
     """
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if missing:
-        raise WorldError(
-            f"{world.launcher} started {world.size} ranks but {' and '.join(missing)} is not set: "
-            "start with torchrun, or export the address and a free port of rank 0's host",
-            everywhere=True,
-        )
-    if backend == "nccl" and device.type != "cuda":
-        raise WorldError(nccl_unusable())
-    if dist.is_initialized():
-        raise WorldError(
-            "this process has joined the other ranks before, and a run that failed, or code of yours, has not left "
-            "them: start the ranks again, and let distloop call init_process_group"
-        )
+    _check_environment(world, backend, device)
     if world.single_host or os.environ["MASTER_ADDR"] in ("127.0.0.1", "::1", "localhost"):
         # Without this gloo resolves the host name and listens on whatever interface that gives.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
@@ -117,6 +104,23 @@ def connect(world: World, *, backend: str, device: torch.device, timeout: float)
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {timeout:g} s: {first_line}"
         ) from failure
     return TorchTransport(data, control)
+
+
+def _check_environment(world: World, backend: str, device: torch.device) -> None:
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise WorldError(
+            f"{world.launcher} started {world.size} ranks but {' and '.join(missing)} is not set: "
+            "start with torchrun, or export the address and a free port of rank 0's host",
+            everywhere=True,
+        )
+    if backend == "nccl" and device.type != "cuda":
+        raise WorldError(nccl_unusable())
+    if dist.is_initialized():
+        raise WorldError(
+            "this process has joined the other ranks before, and a run that failed, or code of yours, has not left "
+            "them: start the ranks again, and let distloop call init_process_group"
+        )
 
 
 @dataclass
