@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from distloop.errors import ConfigError, DataError
-from distloop.loading import Fetch, ToDevice, loader_batches
+from distloop.loading import Fetch, Loading, ToDevice, loader_batches
 from distloop.transports import Alone, Rows, Transport
 from distloop.world import World
 
@@ -133,16 +133,6 @@ class Dataset(Protocol):
         """Yield this rank's share of each global batch; every rank yields equally many."""
 
 
-@dataclass(frozen=True)
-class Loading:
-    """How samples are read: see the ``data`` section of the configuration."""
-
-    workers: int = 0
-    prefetch: int = 2
-    pin_memory: bool = False
-    timeout: float = 120.0
-
-
 class Batches:
     """A map-style data set in global batches.
 
@@ -205,17 +195,13 @@ class Batches:
 
     def _read(self, indices: Iterator[Tensor], epoch: int, world: World) -> Iterator[Any]:
         """Yield the batch of each index tensor."""
-        loading = self._loading
-        if loading.workers == 0:
+        if self._loading.workers == 0:
             return self._fetch.all(indices)
         return loader_batches(
             self._fetch,
             list(indices),
             seed=derive_seed("loader", self.seed, epoch, world.rank),
-            workers=loading.workers,
-            prefetch=loading.prefetch,
-            pin_memory=loading.pin_memory,
-            timeout=loading.timeout,
+            loading=self._loading,
         )
 
     def _moved(self, minibatch: Minibatch) -> Minibatch:

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from distloop.data import Batches, Loading, Plan
+from distloop.data import Batches, Plan
 from distloop.errors import ConfigError
+from distloop.loading import Loading
 from distloop.messages import gather_json, gather_uneven
 from distloop.transports import Alone, Transport
 from distloop.world import World

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -13,6 +14,16 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 from distloop.errors import DataError, DistloopError
 
 BLOCK_BATCHES, BLOCK_BYTES = 63, 2**20
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How samples are read: see the ``data`` section of the configuration."""
+
+    workers: int = 0
+    prefetch: int = 2
+    pin_memory: bool = False
+    timeout: float = 120.0
 
 
 class Fetch:
@@ -129,10 +140,7 @@ def loader_batches(
     batches: list[Tensor],
     *,
     seed: int,
-    workers: int,
-    prefetch: int,
-    pin_memory: bool,
-    timeout: float,
+    loading: Loading,
 ) -> Iterator[Any]:
     """Yield the batches of these indices in order, read ahead by worker processes.
 
@@ -143,10 +151,10 @@ def loader_batches(
         _ByIndices(fetch, batches),  # type: ignore[arg-type]  # map-style by its methods, not by its base class
         batch_size=None,
         collate_fn=_as_it_is,  # torch's default would turn arrays into tensors, which without workers they stay
-        num_workers=workers,
-        prefetch_factor=prefetch,
-        pin_memory=pin_memory and torch.cuda.is_available(),
-        timeout=timeout,
+        num_workers=loading.workers,
+        prefetch_factor=loading.prefetch,
+        pin_memory=loading.pin_memory and torch.cuda.is_available(),
+        timeout=loading.timeout,
         generator=torch.Generator().manual_seed(seed),
     )
     read = 0

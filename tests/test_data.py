@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import Dataset, TensorDataset
 
-from distloop.data import Batches, Loading, Plan, derive_seed, permutation
+from distloop.data import Batches, Plan, derive_seed, permutation
 from distloop.errors import ConfigError, DataError
-from distloop.loading import Fetch, ToDevice
+from distloop.loading import Fetch, Loading, ToDevice
 from distloop.world import World
 
 

@@ -14,11 +14,12 @@ from distloop.build.contents import fingerprint, samples_in
 from distloop.build.facts import facts
 from distloop.build.method import Method
 from distloop.build.place import Place, make_directory, make_place, write_configuration
-from distloop.data import Batches, Loading, Plan, derive_seed
+from distloop.data import Batches, Plan, derive_seed
 from distloop.errors import ConfigError, nearest
 from distloop.evaluation import Evaluation
 from distloop.learner import Learner, Objective, autocast, trained_parameters
 from distloop.ledger import Ledger
+from distloop.loading import Loading
 from distloop.messages import agree_on
 from distloop.observers import make_observers
 from distloop.optimizer import Optimizer
@@ -42,7 +43,7 @@ class Fed:
     must be the same on all of them.
     """
 
-    def __init__(self, task: Any, batches: Callable[[Any], Batches], seed: int):
+    def __init__(self, task: Any, batches: Callable[[Any, int], Batches], seed: int):
         self._task, self._batches, self._seed = task, batches, seed
         self._epoch: int | None = None
         self._data: Any = None
@@ -64,7 +65,7 @@ class Fed:
             return
         size = samples_in(data, "collect(epoch)")
         if data is not self._data or size != self._size:
-            self._data, self._size, self._fed = data, size, self._batches(data)
+            self._data, self._size, self._fed = data, size, self._batches(data, size)
 
 
 class Builder:
@@ -97,7 +98,7 @@ class Builder:
         # From here on ranks draw different numbers: dropout must not repeat itself on every rank.
         torch.manual_seed(derive_seed("rank", config.train.seed, world.rank))
         weighers = {name: o.weight for name, o in task.objectives.items() if hasattr(o, "weight")}
-        fed = Fed(task, lambda data: self._batches(task, data, place, weighers), config.train.seed)
+        fed = Fed(task, lambda data, size: self._batches(task, data, size, place, weighers), config.train.seed)
         plan = getattr(fed.collect(0), "plan", None)
         steps = self._steps(plan)
         learners = [self._learner(name, o, strategies[name], steps) for name, o in task.objectives.items()]
@@ -160,8 +161,7 @@ class Builder:
         known = [n for n in (by_epochs, self.config.train.max_steps) if n is not None]
         return min(known) if known else None
 
-    def _batches(self, task: Any, data: Any, place: Place, weighers: Weighers) -> Batches:
-        size = samples_in(data, "collect(epoch)")
+    def _batches(self, task: Any, data: Any, size: int, place: Place, weighers: Weighers) -> Batches:
         agree_on(place.transport, {"number of samples": size, "contents": fingerprint(data)}, "the data set")
         return Batches(
             data,

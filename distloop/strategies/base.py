@@ -106,6 +106,21 @@ def whole(parameters: Parameters) -> Shard:
     return [Segment(name, p, 0, p.numel(), p.detach()) for name, p in parameters.items()]
 
 
+class OneShard(Strategy):
+    """Every rank updates all parameters at once, and gradients lie wherever autograd or torch's reducer puts them."""
+
+    def __init__(self, parameters: Parameters, transport: Transport):
+        super().__init__(parameters, transport)
+        self.shards = [whole(parameters)]
+
+    def collect(self) -> Iterator[tuple[int, Sequence[Tensor]]]:
+        yield 0, [torch.zeros_like(p) if p.grad is None else p.grad for p in self._list]
+
+    def settle(self) -> None:
+        for parameter in self._list:
+            parameter.grad = None
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Return whether the elements fill a stretch of memory, in whatever order of dimensions.
 

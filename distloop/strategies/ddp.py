@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distloop.errors import ConfigError
-from distloop.strategies.base import Options, Parameters, Strategy, whole
+from distloop.strategies.base import OneShard, Options, Parameters
 from distloop.transports import Transport
 from distloop.transports.process_group import TorchTransport
 
@@ -29,7 +28,7 @@ class _LossIdentity(nn.Module):
         return loss
 
 
-class DDP(Strategy):
+class DDP(OneShard):
     """All-reduce by torch's reducer, which overlaps it with the final backward."""
 
     def __init__(self, parameters: Parameters, transport: Transport, options: Options):
@@ -45,7 +44,6 @@ class DDP(Strategy):
             find_unused_parameters=options.unused_parameters == "zeros",
         )
         self.needs_every_gradient = options.unused_parameters != "zeros"
-        self.shards = [whole(parameters)]
 
     def backward(self, loss: Tensor, weight: float, *, final: bool) -> None:
         # DDP divides the sum by the number of ranks; the weight takes that back.
@@ -53,10 +51,9 @@ class DDP(Strategy):
         with nullcontext() if final else self._reducer.no_sync():
             self._reducer(loss).backward(start, inputs=self._list)
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def collect(self) -> Iterator[tuple[int, Sequence[Tensor]]]:
         try:
-            yield
+            self._reducer._check_reducer_finalized()  # DDP itself would look a step late
         except RuntimeError as failure:
             if "finish" not in str(failure) and "finalize" not in str(failure):
                 raise
@@ -64,12 +61,4 @@ class DDP(Strategy):
                 f"rank {self.transport.rank}: the last micro-batch's loss did not reach every parameter, as ddp needs; "
                 "set strategy.unused_parameters to zeros, or freeze those that it never reaches"
             ) from failure
-
-    def collect(self) -> Iterator[tuple[int, Sequence[Tensor]]]:
-        with self._explained():  # DDP itself would look a step late
-            self._reducer._check_reducer_finalized()
-        yield 0, [torch.zeros_like(p) if p.grad is None else p.grad for p in self._list]
-
-    def settle(self) -> None:
-        for parameter in self._list:
-            parameter.grad = None
+        yield from super().collect()

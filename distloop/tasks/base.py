@@ -12,7 +12,6 @@ from distloop.errors import ConfigError
 from distloop.learner import Objective
 
 LossFunction = Callable[[Any, Any], Tensor]
-Metric = Callable[[Any, Any], tuple[Tensor | float, Tensor | float]]
 
 
 class Task(Protocol):
