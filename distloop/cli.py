@@ -91,6 +91,7 @@ def config(context: click.Context, target: str, as_json: bool, traceback: bool) 
 def _resolve(target: str, arguments: list[str]) -> Resolved:
     """Return the configuration that a target and the settings behind it come to."""
     from distloop import settings
+    from distloop.layers import Setting
     from distloop.tasks import TASKS
 
     sys.path.insert(0, str(Path.cwd()))  # a task of the user's own is looked for in the current folder
@@ -99,7 +100,7 @@ def _resolve(target: str, arguments: list[str]) -> Resolved:
     if not Path(target).exists() and not Path(target).suffix and ":" not in target and target not in TASKS:
         raise ConfigError(f"command line: {target!r} is neither a file nor a supplied task{nearest(target, TASKS)}")
     if target in TASKS or (":" in target and not Path(target).exists()):
-        base = {"task.name": settings.Setting(target, "command line")}
+        base = {"task.name": Setting(target, "command line")}
     else:
         base = settings.from_file(Path(target))
     return settings.resolve(base, settings.from_environment(), settings.from_arguments(arguments))

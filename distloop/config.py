@@ -118,6 +118,9 @@ class MonitorSection(Section):
         None, description="stop early after more evaluations than this without a better"
     )
     min_delta: NotNegativeFloat = Field(0.0, description="least change that counts as better")
+    target: Annotated[float, Field(allow_inf_nan=False)] | None = Field(
+        None, description="stop as soon as the metric is this good"
+    )
     keep_best: bool = Field(True, description="keep the best model and load it at the end")
     explosion: PositiveFloat | None = Field(1000.0, description="stop if the loss exceeds this many times the first")
 
@@ -130,6 +133,14 @@ class LogSection(Section):
     tensorboard: bool | None = Field(None, description="default: if tensorboardX is installed")
     picture: bool | None = Field(None, description="learning curves at the end (default: if matplotlib is installed)")
     observers: list[str] = Field([], description="package.module:callable, called on rank 0 with every record")
+
+
+class LearnerSection(Section):
+    """What one of several learners does otherwise; keys are those of the sections of the same names."""
+
+    optimizer: dict[str, Any] = Field({}, description="keys of optimizer")
+    schedule: dict[str, Any] = Field({}, description="keys of schedule")
+    gradients: dict[str, Any] = Field({}, description="keys of gradients")
 
 
 class WorldSection(Section):
@@ -149,6 +160,7 @@ class Config(Section):
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     gradients: GradientsSection = GradientsSection()
+    learners: dict[str, LearnerSection] = Field({}, description="by learner, what it does otherwise than the others")
     precision: PrecisionSection = PrecisionSection()
     strategy: StrategySection = StrategySection()
     train: TrainSection = TrainSection()

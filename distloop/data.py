@@ -8,6 +8,7 @@ repeated, padded in or dropped, and a rank may get nothing.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import tee
@@ -126,6 +127,9 @@ class Minibatch:
         return iter(self.micro_batches)
 
 
+Cut = tuple[Position, list[Tensor]]  # a global batch, and the indices of this rank's micro-batches of it
+
+
 class Dataset(Protocol):
     """What a task collects for an epoch."""
 
@@ -133,12 +137,11 @@ class Dataset(Protocol):
         """Yield this rank's share of each global batch; every rank yields equally many."""
 
 
-class Batches:
-    """A map-style data set in global batches.
+class Assembly(ABC):
+    """Global batches, read, moved and weighed as ``cuts`` says.
 
     Args:
         samples: anything with ``__len__`` and ``__getitem__``; with ``__getitems__`` whole batches are fetched at once.
-        plan: how it is cut.
         shuffle: whether each epoch has an order of its own; else samples come as they are.
         weighers: by learner, what a batch weighs, where that is not its number of samples. The global weight is then
             agreed on by one small all-gather, launched one global batch ahead so that nobody waits for it.
@@ -147,7 +150,6 @@ class Batches:
     def __init__(
         self,
         samples: Any,
-        plan: Plan,
         *,
         seed: int = 0,
         shuffle: bool = True,
@@ -157,9 +159,7 @@ class Batches:
         weighers: Mapping[str, Weigh] | None = None,
         transport: Transport | None = None,
     ):
-        if plan.samples == 0:
-            raise DataError("the data set is empty: there is nothing to train on")
-        self.plan, self.seed, self.shuffle = plan, seed, shuffle
+        self.seed, self.shuffle = seed, shuffle
         self._loading = loading or Loading()
         self._fetch = Fetch(samples, collate)
         self._to_device = ToDevice(device or torch.device("cpu"), pin=self._loading.pin_memory)
@@ -181,16 +181,17 @@ class Batches:
         if ahead is not None:
             yield self._agreed(*ahead)
 
+    @abstractmethod
+    def cuts(self, epoch: int, world: World) -> Iterator[Cut]:
+        """Yield this rank's part of each global batch, as the indices of its micro-batches."""
+
     def _assemble(self, epoch: int, world: World) -> Iterator[Minibatch]:
-        plan = self.plan
-        order = permutation(self.seed, epoch, plan.samples) if self.shuffle else torch.arange(plan.samples)
         # The reader runs ahead of the steps, so that it can read for several of them at once.
-        ahead, cuts_by_step = tee(plan.micro_batches(step, world.rank, world.size) for step in range(plan.steps))
-        batches = self._read((order[cut.start : cut.stop] for cuts in ahead for cut in cuts), epoch, world)
-        for step, cuts in enumerate(cuts_by_step):
-            last, samples = len(cuts) - 1, len(plan.batch(step))
-            held = [MicroBatch(next(batches), len(cut) / samples, i == last) for i, cut in enumerate(cuts)]
-            position = Position(step, samples, step == plan.steps - 1)
+        ahead, cuts = tee(self.cuts(epoch, world))
+        batches = self._read((indices for _, parts in ahead for indices in parts), epoch, world)
+        for position, parts in cuts:
+            last, samples = len(parts) - 1, position.samples
+            held = [MicroBatch(next(batches), len(part) / samples, i == last) for i, part in enumerate(parts)]
             yield Minibatch(position, held or [MicroBatch(None, 0.0, True)])
 
     def _read(self, indices: Iterator[Tensor], epoch: int, world: World) -> Iterator[Any]:
@@ -232,3 +233,29 @@ class Batches:
             weights = micro_batch.shares or {}
             micro_batch.shares = {name: w / totals[name] if totals[name] else 0.0 for name, w in weights.items()}
         return minibatch
+
+
+class Batches(Assembly):
+    """A map-style data set, the same on every rank, in the global batches of a plan.
+
+    Args:
+        samples, options: see :class:`Assembly`.
+        plan: how it is cut.
+
+    Raises:
+        DataError: it is empty.
+    """
+
+    def __init__(self, samples: Any, plan: Plan, **options: Any):
+        if plan.samples == 0:
+            raise DataError("the data set is empty: there is nothing to train on")
+        super().__init__(samples, **options)
+        self.plan = plan
+
+    def cuts(self, epoch: int, world: World) -> Iterator[Cut]:
+        plan = self.plan
+        order = permutation(self.seed, epoch, plan.samples) if self.shuffle else torch.arange(plan.samples)
+        for step in range(plan.steps):
+            parts = plan.micro_batches(step, world.rank, world.size)
+            position = Position(step, len(plan.batch(step)), step == plan.steps - 1)
+            yield position, [order[part.start : part.stop] for part in parts]

@@ -21,7 +21,12 @@ Sums = Mapping[str, tuple[Tensor | float, Tensor | float]]
 
 
 class Evaluates(Protocol):
-    """What evaluation needs of a task; ``metrics``, if any, are torchmetrics objects that ``evaluate`` updates."""
+    """What evaluation needs of a task. Two more attributes are optional.
+
+    - ``metrics``: torchmetrics objects by name, which ``evaluate`` updates;
+    - ``summarise(metrics)``: turns the means of the whole data set into the metrics to report. What is not a mean over
+      samples (a coverage, a distance between curves) is made here out of means.
+    """
 
     def evaluate(self, batch: Any) -> Sums:
         """Return (sum, count) by metric; the metric is the total sum over the total count."""
@@ -72,7 +77,7 @@ class Evaluation:
             for minibatch in self._batches.extract(0, self._world):
                 for micro_batch in minibatch:
                     self._add(micro_batch.batch, sums)
-            values = self._totals(sums) | self._stateful()
+            values = self._summary(totals(self._transport, sums) | self._stateful())
         # What follows from them (patience, the best) must be decided alike: rank 0's floats count.
         agreed: dict[str, float] = gather_json(self._everyone, values)[0]
         return agreed
@@ -86,7 +91,7 @@ class Evaluation:
             self._add(first.batch, sums)
         for metric in self._objects().values():
             metric.reset()
-        return [*sums, *self._objects()]
+        return [*self._summary(totals(Alone(), sums)), *self._objects()]
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -103,15 +108,12 @@ class Evaluation:
     def _add(self, batch: Any, sums: dict[str, Tensor]) -> None:
         with self._precision():
             for name, pair in self._task.evaluate(batch).items():
-                amount = _pair(name, pair)
+                amount = as_pair("evaluate(batch)", name, pair)
                 sums[name] = sums[name] + amount if name in sums else amount
 
-    def _totals(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """Add the sums of all ranks, by name: a rank may have none of a metric."""
-        by_rank = gather_json(self._transport, {name: pair.tolist() for name, pair in sums.items()})
-        names = list(dict.fromkeys(name for own in by_rank for name in own))
-        totals = {name: [sum(own.get(name, (0.0, 0.0))[i] for own in by_rank) for i in (0, 1)] for name in names}
-        return {name: total / count if count else math.nan for name, (total, count) in totals.items()}
+    def _summary(self, means: dict[str, float]) -> dict[str, float]:
+        summarise = getattr(self._task, "summarise", None)
+        return means if summarise is None else dict(summarise(means))
 
     def _objects(self) -> dict[str, Any]:
         """Return the task's torchmetrics objects."""
@@ -135,15 +137,27 @@ class Evaluation:
         return values
 
 
-def _pair(name: str, pair: Any) -> Tensor:
-    """Return (sum, count) as a tensor of shape (2,) in double precision, on the device where the sum is."""
+def totals(transport: Transport, sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return each figure's sum over its count, both added over all ranks; a rank may have nothing of a figure."""
+    by_rank = gather_json(transport, {name: pair.tolist() for name, pair in sums.items()})
+    names = list(dict.fromkeys(name for own in by_rank for name in own))
+    added = {name: [sum(own.get(name, (0.0, 0.0))[i] for own in by_rank) for i in (0, 1)] for name in names}
+    return {name: total / count if count else math.nan for name, (total, count) in added.items()}
+
+
+def as_pair(where: str, name: str, pair: Any) -> Tensor:
+    """Return (sum, count) as a tensor of shape (2,) in double precision, on the device where the sum is.
+
+    Raises:
+        ConfigError: it is not a pair of numbers; ``where`` says whose answer it is.
+    """
     if not isinstance(pair, tuple | list) or len(pair) != 2:
-        raise ConfigError(f"evaluate(batch): metric {name!r} must be a pair (sum, count), not a {type(pair).__name__}")
+        raise ConfigError(f"{where}: metric {name!r} must be a pair (sum, count), not a {type(pair).__name__}")
     for part in pair:
         if isinstance(part, Tensor) and part.numel() != 1:
-            raise ConfigError(f"evaluate(batch): metric {name!r} must be two numbers, not of shape {tuple(part.shape)}")
+            raise ConfigError(f"{where}: metric {name!r} must be two numbers, not of shape {tuple(part.shape)}")
         if not isinstance(part, Tensor | int | float):
-            raise ConfigError(f"evaluate(batch): metric {name!r} must be two numbers, not a {type(part).__name__}")
+            raise ConfigError(f"{where}: metric {name!r} must be two numbers, not a {type(part).__name__}")
     device = next((part.device for part in pair if isinstance(part, Tensor)), None)
     return torch.stack(
         [torch.as_tensor(part, dtype=torch.float64, device=device).detach().reshape(()) for part in pair]

@@ -20,10 +20,11 @@ from distloop.transports import Transport
 
 
 class Objective(Protocol):
-    """What one model learns. ``weight(batch)``, if there is one, returns what ``loss`` is a mean over.
+    """What one model learns. Two methods are optional.
 
-    Without it a batch weighs its number of samples. A language model whose loss is a mean over tokens returns how many
-    there are.
+    - ``weight(batch)`` returns what ``loss`` is a mean over. Without it a batch weighs its number of samples. A
+      language model whose loss is a mean over tokens returns how many there are.
+    - ``updated()`` is called on every rank after each applied update: a moving average or a target network follows.
     """
 
     model: nn.Module
@@ -91,6 +92,7 @@ class Learner:
         self._precision = precision
         self._check: FirstStepCheck | None = FirstStepCheck(name, strategy, refuse_unused=unused == "refuse")
         self._gradients = Gradients(self.collected)
+        self._updated: Callable[[], None] | None = getattr(objective, "updated", None)
 
     @property
     def lr(self) -> float:
@@ -147,9 +149,12 @@ class Learner:
             stream = transform(stream, self.strategy.total)
         yield from stream
         self.strategy.settle()
-        overflowed = self._loss_scale is not None and self._loss_scale.overflowed
-        self.step += not overflowed
-        self.skipped += overflowed
+        if self._loss_scale is not None and self._loss_scale.overflowed:
+            self.skipped += 1
+            return
+        self.step += 1
+        if self._updated is not None:
+            self._updated()
 
     def take_losses(self) -> list[tuple[float, Tensor]]:
         """Return this turn's (share, loss) pairs and forget them."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,32 +18,49 @@ from distloop.transports import Transport
 REMEDY = "a smaller optimizer.lr, schedule.warmup_steps or gradients.clip_norm may help"
 
 
+LEAST_IDLE = 0.01  # what is less is not worth a column
+
+
+class _Turn(NamedTuple):
+    update: Update
+    applied: bool
+    step: int
+
+
 class Ledger:
     """Keeps each turn's losses where they were computed, and sums them over ranks when a log line is due.
 
     Args:
         learners: those that take turns.
         transport: to the other ranks.
+        collecting: returns the seconds that this rank spent collecting data since it was asked last.
         explosion: a loss above this many times the first (or 1, if that is more) is an explosion (None: never).
     """
 
-    def __init__(self, learners: Sequence[Learner], transport: Transport, *, explosion: float | None = 1e3):
+    def __init__(
+        self,
+        learners: Sequence[Learner],
+        transport: Transport,
+        *,
+        collecting: Callable[[], float] = float,
+        explosion: float | None = 1e3,
+    ):
+        self._collecting = collecting
         self._learners, self._transport, self._explosion = list(learners), transport, explosion
-        self._turns: list[tuple[Update, bool]] = []  # and whether it was applied
+        self._turns: list[_Turn] = []
         self._skipped = {learner.name: 0 for learner in learners}
         self._first: dict[str, float] = {}
-        self._samples = self._steps = 0
+        self._samples = 0
         self._since = time.monotonic()
 
-    def add(self, update: Update) -> None:
-        """Take note of a learner's turn."""
+    def add(self, update: Update, step: int, *, last: bool) -> None:
+        """Take note of a learner's turn on the ``step``-th global batch; ``last``: nobody else takes one on it."""
         learner = update.learner
         applied = learner.skipped == self._skipped[learner.name]
         self._skipped[learner.name] = learner.skipped
-        self._turns.append((update, applied))
-        if learner is self._learners[-1]:
+        self._turns.append(_Turn(update, applied, step))
+        if last:
             self._samples += update.position.samples
-            self._steps += 1
 
     def restart_clock(self) -> None:
         """Leave the time since the last line out of the rate: it went into something else than training."""
@@ -52,7 +69,9 @@ class Ledger:
     def close(self) -> dict[str, Any] | None:
         """Return the values since the last call, exact over all ranks; None if there was no step.
 
-        ``loss`` is the mean over these steps of the loss of the global batch.
+        ``loss`` is the mean over these steps of the loss of the global batch. ``idle``, where it matters, is the part
+        of the ranks' time that was lost to waiting for the busiest of them, supposing that a rank's time for a step
+        goes with its share of the global batch; collecting is timed.
 
         Raises:
             NonFiniteError: on all ranks alike, if a loss is NaN, infinite, or exploded; names step, learner and rank.
@@ -60,21 +79,23 @@ class Ledger:
         if not self._turns:
             return None
         turns, self._turns = self._turns, []
-        by_rank = self._transport.all_gather(_local_losses([update for update, _ in turns])).wait()
-        first_step = self._steps - len(turns) // len(self._learners)
+        own = torch.cat([_local_losses(turns), _local_shares(turns), torch.tensor([self._collecting()]).double()])
+        by_rank, busy, collecting = self._transport.all_gather(own).wait().split([len(turns), len(turns), 1], dim=1)
         losses: dict[str, list[float]] = {learner.name: [] for learner in self._learners}
-        for i, ((update, applied), loss) in enumerate(zip(turns, by_rank.sum(0).tolist(), strict=True)):
-            name = update.learner.name
-            self._check(name, loss, first_step + i // len(self._learners) + 1, by_rank[:, i])
-            if applied:
+        for i, (turn, loss) in enumerate(zip(turns, by_rank.sum(0).tolist(), strict=True)):
+            name = turn.update.learner.name
+            self._check(name, loss, turn.step, by_rank[:, i])
+            if turn.applied:
                 losses[name].append(loss)
         now = time.monotonic()
-        rate = self._samples / max(now - self._since, 1e-9)
-        self._samples, self._since = 0, now
+        seconds = max(now - self._since, 1e-9)
         values: dict[str, Any] = {}
         for learner in self._learners:
             values |= self._values(learner, losses[learner.name])
-        return values | {"samples_per_second": rate}
+        values["samples_per_second"] = self._samples / seconds
+        self._samples, self._since = 0, now
+        idle = _idle(busy, collecting, seconds)
+        return values | ({"idle": idle} if idle >= LEAST_IDLE else {})
 
     def _values(self, learner: Learner, losses: list[float]) -> dict[str, Any]:
         values: dict[str, Any] = {
@@ -105,7 +126,21 @@ class Ledger:
         )
 
 
-def _local_losses(updates: Sequence[Update]) -> Tensor:
+def _local_losses(turns: Sequence[_Turn]) -> Tensor:
     """Return this rank's part of the global loss of each turn, in double precision; one copy from the device."""
-    losses = iter(torch.stack([loss for update in updates for _, loss in update.losses]).double().tolist())
-    return torch.tensor([sum(share * next(losses) for share, _ in u.losses) for u in updates], dtype=torch.float64)
+    pairs = [turn.update.losses for turn in turns]
+    losses = iter(torch.stack([loss for own in pairs for _, loss in own]).double().tolist())
+    return torch.tensor([sum(share * next(losses) for share, _ in own) for own in pairs], dtype=torch.float64)
+
+
+def _local_shares(turns: Sequence[_Turn]) -> Tensor:
+    """Return this rank's share of the global batch of each turn."""
+    return torch.tensor([sum(share for share, _ in turn.update.losses) for turn in turns], dtype=torch.float64)
+
+
+def _idle(shares: Tensor, collecting: Tensor, seconds: float) -> float:
+    """Return the part of the ranks' time lost to waiting; ``shares`` is (ranks, turns), ``collecting`` (ranks, 1)."""
+    busiest = shares.amax(0)
+    in_steps = float(1.0 - shares.mean(0).sum() / busiest.sum()) if busiest.any() else 0.0
+    most, mean = float(collecting.max()), float(collecting.mean())
+    return (most - mean + in_steps * max(seconds - most, 0.0)) / seconds

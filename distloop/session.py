@@ -17,12 +17,14 @@ from distloop.agreement import Agreement, Signals, Stop
 from distloop.checkpoint import load_model, make_durable, model_state, save_model, write_json
 from distloop.errors import INTERRUPTED, TERMINATED, ConfigError, DataError, nearest
 from distloop.evaluation import Evaluation
-from distloop.learner import Learner
 from distloop.ledger import Ledger
 from distloop.loop import Collects, Update, train
 from distloop.records import Observer, Record, Result
 from distloop.transports import Transport
+from distloop.turns import Turns
 from distloop.world import World
+
+Report = Callable[[], dict[str, float]]  # what a task tells of its collecting, exact over all ranks
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Monitor:
     patience: int | None = None
     min_delta: float = 0.0
     keep_best: bool = True
+    target: float | None = None  # good enough: stop
 
 
 class Session:
@@ -53,7 +56,7 @@ class Session:
     def __init__(
         self,
         task: Collects,
-        learners: Sequence[Learner],
+        turns: Turns,
         *,
         world: World,
         transport: Transport,
@@ -64,15 +67,20 @@ class Session:
         evaluation: Evaluation | None,
         directory: Path,
         facts: Mapping[str, str],
+        averages: Mapping[str, nn.Module] | None = None,
+        report: Report | None = None,
         observers: Sequence[Observer] = (),
         progress: Callable[[int], None] | None = None,
     ):
-        self.task, self.learners, self.world, self.transport = task, list(learners), world, transport
+        self.task, self.turns, self.learners, self.world, self.transport = task, turns, list(turns[:]), world, transport
         self.limits, self.monitor, self.directory = limits, monitor, directory
         self._agreement, self._ledger, self._evaluation = agreement, ledger, evaluation
         self._facts, self._observers, self._progress = facts, list(observers), progress
-        self._models: dict[str, nn.Module] = {learner.name: learner.objective.model for learner in self.learners}
-        model_state(self._models)  # what cannot be saved is refused now, not after the training
+        models: dict[str, nn.Module] = {learner.name: learner.objective.model for learner in self.learners}
+        self._files = {"model.safetensors": models} | ({"averages.safetensors": dict(averages)} if averages else {})
+        for kept in self._files.values():
+            model_state(kept)  # what cannot be saved is refused now, not after the training
+        self._report = report
         self.step = self.epoch = self._samples = 0
         self._evaluated_at = -1
         self._logged_at = 0
@@ -96,9 +104,10 @@ class Session:
         self._emit("start", self._facts)
         reason = "all epochs done"
         with Signals(self._agreement):
-            for update in train(self.task, self.learners, self._epochs(), self.world):
-                self._ledger.add(update)
-                if update.learner is self.learners[-1] and (stop := self._after_batch(update)):
+            for update in train(self.task, self.turns, self._epochs(), self.world):
+                last = update.learner is self.turns.last
+                self._ledger.add(update, self.step + 1, last=last)
+                if last and (stop := self._after_batch(update)):
                     reason = stop
                     break
             stopped = self._agreement.now()
@@ -151,7 +160,7 @@ class Session:
     def _log(self) -> None:
         values = self._ledger.close()
         if values is not None:
-            self._emit("train", values)
+            self._emit("train", values | (self._report() if self._report is not None else {}))
 
     def _evaluate(self) -> str | None:
         """Evaluate, remember the best, and return a reason to stop if patience is over."""
@@ -172,8 +181,11 @@ class Session:
         self._emit("evaluate", self._metrics | {"best": better})
         if better:
             self._best, self._best_metrics, self._evaluations_without_better = (value, self.step), self._metrics, 0
-            if self.monitor.keep_best and self.world.rank == 0:
-                save_model(self.directory / "model.safetensors", self._models)
+            if self.monitor.keep_best:
+                self._save()
+            target = self.monitor.target
+            if target is not None and sign * value <= sign * target:
+                return f"{name} reached monitor.target, which is {target:g}"
             return None
         self._evaluations_without_better += 1
         patience = self.monitor.patience
@@ -191,15 +203,14 @@ class Session:
         return name, 1.0 if lower else -1.0
 
     def _finish(self, reason: str, stopped: Stop, seconds: float) -> Result:
-        path = self.directory / "model.safetensors"
         keeps_best = self._best is not None and self.monitor.keep_best
         if keeps_best:
-            load_model(path, self._models, self.transport)
+            for name, models in self._files.items():
+                load_model(self.directory / name, models, self.transport)
         else:
             for learner in self.learners:
                 learner.average_statistics(self.transport)
-            if self.world.rank == 0:
-                save_model(path, self._models)
+            self._save()
         result = Result(
             reason=reason,
             steps=self.step,
@@ -217,9 +228,16 @@ class Session:
         )
         if self.world.rank == 0:
             write_json(self.directory / "result.json", result.as_dict())
-            make_durable(path)
+            for name in self._files:
+                make_durable(self.directory / name)
         self._emit("end", result.as_dict())
         return result
+
+    def _save(self) -> None:
+        """Write the models as they are, on rank 0."""
+        if self.world.rank == 0:
+            for name, models in self._files.items():
+                save_model(self.directory / name, models)
 
     def _emit(self, kind: str, values: Mapping[str, Any]) -> None:
         record = Record(kind, self.step, self.epoch, values)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distloop.errors import ConfigError, nearest
+from distloop.layers import LEARNERS, Setting, Settings, divide, learner_key, leaves, nested
 from distloop.yaml_file import parse_value, read_sections
 
 if TYPE_CHECKING:
@@ -19,29 +20,22 @@ PREFIX = "DISTLOOP_"
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A value, and the words that name its source in an error."""
-
-    value: Any
-    source: str
-
-
-Settings = dict[str, Setting]  # by dotted key
-
-
-@dataclass(frozen=True)
 class Resolved:
     """A valid configuration and where its values came from (dotted keys that are missing are defaults)."""
 
     config: Config
     sources: Mapping[str, str]
     layers: Mapping[str, int]  # which of the layers a value came from; the higher wins
+    learners: Mapping[str, Resolved] = field(default_factory=dict)  # where a learner has values of its own
+
+    def for_learner(self, name: str) -> Resolved:
+        """Return the configuration as it is for one learner."""
+        return self.learners.get(name, self)
 
     def rows(self) -> Iterator[tuple[str, Any, str]]:
         """Yield (dotted key, value, source) for every value."""
         for section, values in self.config.model_dump().items():
-            for key, value in values.items():
-                dotted = f"{section}.{key}"
+            for dotted, value in leaves(section, values, depth=3 if section == LEARNERS else 1):
                 yield dotted, value, self.source(dotted)
 
     def source(self, dotted: str) -> str:
@@ -86,6 +80,19 @@ def resolve(*layers: Settings) -> Resolved:
     Raises:
         ConfigError: a key is unknown or a value is wrong; one line each, with its source.
     """
+    parted = [divide(layer) for layer in layers]
+    own = [by_learner for _, by_learner in parted]
+    resolved = _resolve([general for general, _ in parted], nested(own))
+    learners, sources = {}, dict(resolved.sources)
+    for name in dict.fromkeys(name for by_learner in own for name in by_learner):
+        # In a layer what is said of one learner wins over what is said of all; a later layer wins over both.
+        learners[name] = _resolve([part for general, mine in parted for part in (general, mine.get(name, {}))])
+        sources |= {f"{LEARNERS}.{name}.{key}": s.source for mine in own for key, s in mine.get(name, {}).items()}
+    return replace(resolved, sources=sources, learners=learners)
+
+
+def _resolve(layers: Sequence[Settings], learners: Mapping[str, Any] | None = None) -> Resolved:
+    """Merge and check layers that say nothing of single learners."""
     from pydantic import ValidationError
 
     from distloop.config import Config
@@ -95,7 +102,7 @@ def resolve(*layers: Settings) -> Resolved:
     for height, layer in enumerate(layers):
         merged |= layer
         heights |= dict.fromkeys(layer, height)
-    nested: dict[str, dict[str, Any]] = {}
+    sections: dict[str, dict[str, Any]] = {LEARNERS: dict(learners or {})}
     for dotted, setting in merged.items():
         section, key = check_key(dotted, setting.source)
         try:
@@ -105,9 +112,9 @@ def resolve(*layers: Settings) -> Resolved:
             raise ConfigError(
                 f"{setting.source}: {dotted}: a {kind} is no number, text, list or mapping of such"
             ) from None
-        nested.setdefault(section, {})[key] = setting.value
+        sections.setdefault(section, {})[key] = setting.value
     try:
-        config = Config.model_validate(nested)
+        config = Config.model_validate(sections)
     except ValidationError as failure:
         raise ConfigError("\n".join(_sentences(failure, merged))) from None
     micro, whole = config.data.micro_batch_size, config.data.global_batch_size
@@ -137,7 +144,10 @@ def check_key(dotted: str, source: str) -> tuple[str, str]:
     check_section(section, source, dotted)
     if not key:
         raise ConfigError(f"{source}: {section}: is a section; give one of its keys, as in {section}.{_first(section)}")
-    if section != "task" and key not in _keys(section):
+    if section == LEARNERS:
+        if "." in key:
+            check_key(learner_key(dotted, source)[1], source)
+    elif section != "task" and key not in _keys(section):
         raise ConfigError(f"{source}: {dotted}: unknown key {key!r}{nearest(key, _keys(section))}")
     return section, key
 
@@ -168,7 +178,8 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
                     f"environment {name}: settings have two underscores between section and key, as in "
                     "DISTLOOP_OPTIMIZER__LR"
                 )
-            dotted = name[len(PREFIX) :].lower().replace("__", ".", 1)
+            dotted = name[len(PREFIX) :].lower()
+            dotted = dotted.replace("__", ".", 3 if dotted.startswith(f"{LEARNERS}__") else 1)
             settings[dotted] = Setting(parse_value(text, name), f"environment {name}")
     return settings
 
@@ -220,11 +231,11 @@ def _keys(section: str) -> list[str]:
     from distloop.config import Config
 
     model: Any = Config.model_fields[section].annotation
-    return list(model.model_fields)
+    return list(getattr(model, "model_fields", ()))  # the names of learners are the task's
 
 
 def _first(section: str) -> str:
-    return _keys(section)[0]
+    return "NAME.optimizer.lr" if section == LEARNERS else _keys(section)[0]
 
 
 def _sentences(failure: Any, merged: Settings) -> Iterator[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distloop.config import Config
+from distloop.layers import LEARNERS
 
 HEAD = """# Configuration
 
@@ -16,11 +17,22 @@ Written by `make docs` from the schema; `distloop config FILE` shows what a file
 or in Python (`fit(task, optimizer={"lr": 0.1})`); the later wins over the earlier.
 """
 
+OF_LEARNERS = """
+## learners
+
+Where a task has several learners, what one of them does otherwise: below its name, keys of `optimizer`, `schedule` and
+`gradients`, as in `learners: {generator: {optimizer: {lr: 1e-4}}}` or `--learners.generator.optimizer.lr 1e-4`. In a
+file what is said of one learner wins over what is said of all; the command line wins over both.
+"""
+
 
 def document() -> str:
     """Return the page."""
     parts = [HEAD]
     for section, field in Config.model_fields.items():
+        if section == LEARNERS:
+            parts.append(OF_LEARNERS)
+            continue
         model: Any = field.annotation
         parts.append(f"\n## {section}\n\n| key | type | default | meaning |\n|---|---|---|---|\n")
         for key, inner in model.model_fields.items():

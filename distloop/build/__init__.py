@@ -7,65 +7,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from distloop.agreement import Agreement
 from distloop.build.contents import fingerprint, samples_in
 from distloop.build.facts import facts
+from distloop.build.feeding import Fed, make_loading
 from distloop.build.method import Method
+from distloop.build.models import make_strategy, moving_averages, refuse_shared_parameters
 from distloop.build.place import Place, make_directory, make_place, write_configuration
-from distloop.data import Batches, Plan, derive_seed
-from distloop.errors import ConfigError, nearest
+from distloop.data import Plan, derive_seed
+from distloop.errors import nearest
 from distloop.evaluation import Evaluation
-from distloop.learner import Learner, Objective, autocast, trained_parameters
+from distloop.learner import Learner, Objective, autocast
 from distloop.ledger import Ledger
-from distloop.loading import Loading
 from distloop.messages import agree_on
 from distloop.observers import make_observers
 from distloop.optimizer import Optimizer
 from distloop.records import Observer
 from distloop.session import Limits, Monitor, Session, lower_is_better
 from distloop.settings import Resolved
-from distloop.strategies import STRATEGIES, Options, Strategy, make
-from distloop.strategies.base import agree_on_model
+from distloop.site import Site
+from distloop.strategies import STRATEGIES, Strategy
 from distloop.tasks import import_object, make_task
+from distloop.turns import Turns
 
-Weighers = Mapping[str, Callable[[Any], float]]
 Progress = Callable[[int], None]
 
 __all__ = ["Builder", "Place", "make_place"]
-
-
-class Fed:
-    """A task whose ``collect`` gives what the loop extracts from: the user's data set, in global batches.
-
-    Collecting happens under the same seed on every rank, whatever they drew before: a data set that is made at random
-    must be the same on all of them.
-    """
-
-    def __init__(self, task: Any, batches: Callable[[Any, int], Batches], seed: int):
-        self._task, self._batches, self._seed = task, batches, seed
-        self._epoch: int | None = None
-        self._data: Any = None
-        self._size: int | None = None
-        self._fed: Any = None
-
-    def collect(self, epoch: int) -> Any:
-        """Return the data of ``epoch`` in global batches; collected once, however often it is asked for."""
-        if epoch != self._epoch:
-            self._epoch = epoch
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(derive_seed("collect", self._seed, epoch))
-                self._enter(self._task.collect(epoch))
-        return self._fed
-
-    def _enter(self, data: Any) -> None:
-        if hasattr(data, "extract"):
-            self._fed = data
-            return
-        size = samples_in(data, "collect(epoch)")
-        if data is not self._data or size != self._size:
-            self._data, self._size, self._fed = data, size, self._batches(data, size)
 
 
 class Builder:
@@ -82,7 +50,8 @@ class Builder:
     def __init__(self, resolved: Resolved, task: Any = None):
         self.resolved, self.config = resolved, resolved.config
         self._task = task
-        self._method = Method(resolved)
+        for one in (resolved, *resolved.learners.values()):
+            Method(one)
         resolved.choose("strategy.name", STRATEGIES)
 
     def session(self, place: Place, observers: Sequence[Observer] = ()) -> Session:
@@ -93,34 +62,39 @@ class Builder:
         task = self._task
         if task is None:
             task = make_task(config.task.name, config.task.options, self.resolved.source("task.name"))
-        agree_on(transport, {"objectives": list(task.objectives)}, "the task")
-        strategies = {name: self._strategy(name, o, place) for name, o in task.objectives.items()}
+        objectives: Mapping[str, Objective] = task.objectives
+        agree_on(transport, {"objectives": list(objectives)}, "the task")
+        self._check_learners(objectives)
+        refuse_shared_parameters(objectives)
+        strategies = {name: make_strategy(name, o, place, config.strategy) for name, o in objectives.items()}
         # From here on ranks draw different numbers: dropout must not repeat itself on every rank.
         torch.manual_seed(derive_seed("rank", config.train.seed, world.rank))
-        weighers = {name: o.weight for name, o in task.objectives.items() if hasattr(o, "weight")}
-        fed = Fed(task, lambda data, size: self._batches(task, data, size, place, weighers), config.train.seed)
+        if hasattr(task, "join"):
+            task.join(Site(world, transport, place.device, config.train.seed))
+        fed = Fed(task, config, place, {name: o.weight for name, o in objectives.items() if hasattr(o, "weight")})
         plan = getattr(fed.collect(0), "plan", None)
         steps = self._steps(plan)
-        learners = [self._learner(name, o, strategies[name], steps) for name, o in task.objectives.items()]
+        turns = self._turns(task, strategies, steps)
         evaluation = self._evaluation(task, place)
         monitored = self._check_monitor(evaluation)
         directory = make_directory(config, world, transport)
         if world.rank == 0:
             write_configuration(directory, self.resolved)
         shown, progress = self._observers(directory, steps, world.rank)
-        monitor = config.monitor
         return Session(
             fed,
-            learners,
+            turns,
             world=world,
             transport=transport,
             limits=self._limits(),
-            monitor=Monitor(monitor.metric, monitor.mode, monitor.patience, monitor.min_delta, monitor.keep_best),
+            monitor=Monitor(**dict(config.monitor.model_dump(exclude={"explosion"}))),
             agreement=Agreement(transport, max_seconds=config.train.max_seconds),
-            ledger=Ledger(learners, transport, explosion=monitor.explosion),
+            ledger=Ledger(turns, transport, collecting=fed.take_seconds, explosion=config.monitor.explosion),
             evaluation=evaluation,
             directory=directory,
-            facts=facts(config, learners, plan, steps, place, directory, monitored),
+            averages=moving_averages(objectives),
+            report=fed.report if hasattr(task, "report") else None,
+            facts=facts(self.resolved, turns, plan, steps, place, directory, monitored),
             observers=[*shown, *(observers if world.rank == 0 else ())],
             progress=progress,
         )
@@ -161,24 +135,6 @@ class Builder:
         known = [n for n in (by_epochs, self.config.train.max_steps) if n is not None]
         return min(known) if known else None
 
-    def _batches(self, task: Any, data: Any, size: int, place: Place, weighers: Weighers) -> Batches:
-        agree_on(place.transport, {"number of samples": size, "contents": fingerprint(data)}, "the data set")
-        return Batches(
-            data,
-            Plan(size, self.config.data.global_batch_size, self.config.data.micro_batch_size),
-            seed=self.config.train.seed,
-            shuffle=self.config.data.shuffle,
-            device=place.device,
-            loading=self._loading(),
-            collate=getattr(task, "collate", None),
-            weighers=weighers,
-            transport=place.transport,
-        )
-
-    def _loading(self) -> Loading:
-        data = self.config.data
-        return Loading(data.workers, data.prefetch, data.pin_memory, data.worker_timeout)
-
     def _evaluation(self, task: Any, place: Place) -> Evaluation | None:
         samples = getattr(task, "validation", None)
         size = 0 if samples is None else samples_in(samples, "validation")
@@ -199,39 +155,36 @@ class Builder:
             transport=place.transport,
             device=place.device,
             collate=getattr(task, "collate", None),
-            loading=self._loading(),
+            loading=make_loading(self.config),
             precision=lambda: autocast(place.device, self.config.precision.name),
         )
 
-    def _strategy(self, name: str, objective: Objective, place: Place) -> Strategy:
-        """Move a model to its device, make it the same on all ranks, and choose how its gradients are collected."""
-        model = objective.model.to(place.device)
-        for held in vars(objective).values():  # a loss with class weights, a frozen teacher
-            if isinstance(held, nn.Module):
-                held.to(place.device)
-        if place.world.size > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
-            raise ConfigError(
-                f"objective {name!r}: SyncBatchNorm waits for every rank at every forward pass, and here a rank may "
-                "have fewer of them or none; use GroupNorm or LayerNorm, or BatchNorm"
-            )
-        parameters = trained_parameters(name, model)
-        options = Options(self.config.strategy.bucket_mb, self.config.strategy.unused_parameters)
-        strategy = make(self.config.strategy.name, parameters, place.transport, options)
-        rest = {key: t for key, t in (*model.named_parameters(), *model.named_buffers()) if key not in parameters}
-        agree_on_model(rest, place.transport)
-        for tensor in rest.values():
-            place.transport.broadcast(tensor.detach())
-        return strategy
+    def _check_learners(self, objectives: Mapping[str, Objective]) -> None:
+        """Refuse settings of a learner that the task does not have."""
+        for name in self.resolved.learners:
+            if name not in objectives:
+                dotted = next(key for key in self.resolved.sources if key.startswith(f"learners.{name}."))
+                raise self.resolved.error(dotted, f"the task has no learner {name!r}{nearest(name, objectives)}")
+
+    def _turns(self, task: Any, strategies: Mapping[str, Strategy], steps: int | None) -> Turns:
+        """Return the learners in the order of their turns; ``steps`` is the number of global batches, if known."""
+        every: Mapping[str, int] = getattr(task, "turns", {})
+        learners = []
+        for name, objective in task.objectives.items():
+            own = None if steps is None else max(1, steps // every.get(name, 1))
+            learners.append(self._learner(name, objective, strategies[name], own))
+        return Turns(learners, every)
 
     def _learner(self, name: str, objective: Objective, strategy: Strategy, steps: int | None) -> Learner:
+        method = Method(self.resolved.for_learner(name))
         return Learner(
             name,
             objective,
             strategy,
-            Optimizer(self._method.rule(), strategy.shards, self._method.decays(strategy.parameters)),
-            lr=self._method.lr,
-            schedule=self._method.schedule(steps),
-            transforms=self._method.transforms(),
+            Optimizer(method.rule(), strategy.shards, method.decays(strategy.parameters)),
+            lr=method.lr,
+            schedule=method.schedule(steps),
+            transforms=method.transforms(),
             precision=self.config.precision.name,
             unused=self.config.strategy.unused_parameters,
         )
@@ -240,7 +193,7 @@ class Builder:
         """Refuse to wait for a metric that will never come; return in words what is watched."""
         monitor, error = self.config.monitor, self.resolved.error
         if evaluation is None:
-            waiting = {"monitor.metric": monitor.metric, "monitor.patience": monitor.patience}
+            waiting = {f"monitor.{key}": getattr(monitor, key) for key in ("metric", "patience", "target")}
             for dotted, value in waiting.items():
                 if value is not None:
                     raise error(dotted, "needs validation data, and the task has none")

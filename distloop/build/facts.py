@@ -13,10 +13,11 @@ from distloop.build.place import Place
 from distloop.config import Config
 from distloop.data import Plan
 from distloop.learner import Learner
+from distloop.settings import Resolved
 
 
 def facts(
-    config: Config,
+    resolved: Resolved,
     learners: Sequence[Learner],
     plan: Plan | None,
     steps: int | None,
@@ -25,6 +26,7 @@ def facts(
     monitored: str | None,
 ) -> dict[str, str]:
     """Return one line each about task, world, strategy, batch, length, optimizer and place of the results."""
+    config = resolved.config
     world, strategy = place.world, config.strategy.name
     ranks = "1 rank" if world.size == 1 else f"{world.size} ranks started by {world.launcher}"
     threads = torch.get_num_threads()
@@ -36,7 +38,11 @@ def facts(
     if plan is not None:
         lines["batch"] = _batch(plan, world.size)
     lines["length"] = "until stopped" if steps is None else f"{steps} steps"
-    lines["optimizer"] = _optimizer(config, learners[0].base_lr)
+    for learner in learners:
+        own = learner.name in resolved.learners
+        lines[learner.name if own else "optimizer"] = _optimizer(
+            resolved.for_learner(learner.name).config, learner.base_lr
+        )
     if monitored is not None:
         lines["monitor"] = monitored
     lines["precision"] = config.precision.name
@@ -44,7 +50,7 @@ def facts(
     split = world.size > 1 or (plan is not None and plan.accumulation(1) > 1)
     if split and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for model in models for m in model.modules()):
         lines["note"] = "BatchNorm normalises each micro-batch by itself, so results depend on how batches are split"
-    warm_up = config.schedule.warmup_steps
+    warm_up = max(resolved.for_learner(learner.name).config.schedule.warmup_steps for learner in learners)
     if steps is not None and 0 < steps <= warm_up:
         lines["note"] = f"the run ends within its warm-up of {warm_up} steps, below the full learning rate"
     return lines | {"results": str(directory)}

@@ -1,0 +1,73 @@
+"""Models on their devices, the same on all ranks, and how their gradients are collected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from distloop.averages import MovingAverage
+from distloop.build.place import Place
+from distloop.config import StrategySection
+from distloop.errors import ConfigError
+from distloop.learner import Objective, trained_parameters
+from distloop.strategies import Options, Strategy, make
+from distloop.strategies.base import agree_on_model
+
+
+def make_strategy(name: str, objective: Objective, place: Place, section: StrategySection) -> Strategy:
+    """Make an objective's model, and what it looks at, the same on all ranks; choose how gradients are collected.
+
+    Raises:
+        ConfigError: there is nothing to train, or something that cannot be trained in parts.
+    """
+    model = objective.model.to(place.device)
+    if place.world.size > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
+        raise ConfigError(
+            f"objective {name!r}: SyncBatchNorm waits for every rank at every forward pass, and here a rank may "
+            "have fewer of them or none; use GroupNorm or LayerNorm, or BatchNorm"
+        )
+    parameters = trained_parameters(name, model)
+    options = Options(section.bucket_mb, section.unused_parameters)
+    strategy = make(section.name, parameters, place.transport, options)
+    rest = {key: t for key, t in _tensors(model).items() if key not in parameters}
+    for held, module in vars(objective).items():  # a frozen teacher, a target network, a loss with class weights
+        if isinstance(module, nn.Module) and module is not model:
+            module.to(place.device)
+            rest |= {f"{held}.{key}": t for key, t in _tensors(module).items()}
+    agree_on_model(rest, place.transport)
+    for tensor in rest.values():
+        place.transport.broadcast(tensor.detach())
+    return strategy
+
+
+def moving_averages(objectives: Mapping[str, Objective]) -> dict[str, nn.Module]:
+    """Return the moving averages that objectives hold, as ``objective.attribute``."""
+    return {
+        f"{name}.{attribute}": held.average
+        for name, objective in objectives.items()
+        for attribute, held in vars(objective).items()
+        if isinstance(held, MovingAverage)
+    }
+
+
+def refuse_shared_parameters(objectives: Mapping[str, Objective]) -> None:
+    """Refuse a parameter that two learners would train.
+
+    Each has gradients, optimizer state and, where updates are sharded, a copy of the values of its own: of two updates
+    one would be lost without a word.
+    """
+    owner: dict[int, tuple[str, str]] = {}
+    for name, objective in objectives.items():
+        for key, parameter in objective.model.named_parameters():
+            first, first_key = owner.setdefault(id(parameter), (name, key))
+            if first != name and parameter.requires_grad:
+                raise ConfigError(
+                    f"objectives {first!r} and {name!r} share parameters (the first is {first_key!r}), and only one "
+                    "may train them: make them one objective whose loss is the sum, or leave them out of the model of "
+                    "one, which may still use them in its guess"
+                )
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -1,0 +1,71 @@
+"""Layers of settings, and what in them is said of one learner alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distloop.errors import ConfigError, nearest
+
+LEARNERS = "learners"
+PER_LEARNER = ("optimizer", "schedule", "gradients")  # sections that a learner may have of its own
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value, and the words that name its source in an error."""
+
+    value: Any
+    source: str
+
+
+Settings = dict[str, Setting]  # by dotted key
+
+
+def divide(layer: Settings) -> tuple[Settings, dict[str, Settings]]:
+    """Part what is said of all learners from what is said of one: by learner, in the words that are used of all.
+
+    Raises:
+        ConfigError: something is said of a learner that is not said of learners.
+    """
+    general: Settings = {}
+    own: dict[str, Settings] = {}
+    for dotted, setting in layer.items():
+        if dotted.partition(".")[0] != LEARNERS:
+            general[dotted] = setting
+            continue
+        for leaf, value in leaves(dotted, setting.value, depth=3 - dotted.count(".")):
+            name, inner = learner_key(leaf, setting.source)
+            own.setdefault(name, {})[inner] = Setting(value, setting.source)
+    return general, own
+
+
+def learner_key(dotted: str, source: str) -> tuple[str, str]:
+    """Return NAME and SECTION.KEY of ``learners.NAME.SECTION.KEY``, or refuse it."""
+    _, *parts = dotted.split(".")
+    section = parts[1] if len(parts) > 1 else PER_LEARNER[0]
+    if section not in PER_LEARNER:
+        raise ConfigError(f"{source}: {dotted}: a learner has no section {section!r}{nearest(section, PER_LEARNER)}")
+    if len(parts) != 3:
+        raise ConfigError(f"{source}: {dotted}: must be like {LEARNERS}.{parts[0] if parts else 'NAME'}.optimizer.lr")
+    return parts[0], f"{section}.{parts[2]}"
+
+
+def nested(own: Sequence[Mapping[str, Settings]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return what layers say of single learners as it would stand in a file."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, settings in ((name, settings) for layer in own for name, settings in layer.items()):
+        for dotted, setting in settings.items():
+            section, _, key = dotted.partition(".")
+            found.setdefault(name, {}).setdefault(section, {})[key] = setting.value
+    return found
+
+
+def leaves(dotted: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of what lies in nested mappings, ``depth`` levels down at most."""
+    if depth == 0 or not isinstance(value, Mapping):
+        yield dotted, value
+        return
+    for key, inner in value.items():
+        yield from leaves(f"{dotted}.{key}", inner, depth - 1)

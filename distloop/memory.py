@@ -1,0 +1,180 @@
+"""Replay memory: a ring buffer of tensors (Lin 1992), sampled by arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distloop.data import derive_seed
+from distloop.errors import ConfigError, DataError
+
+
+class Draw(NamedTuple):
+    """Samples of a memory."""
+
+    rows: tuple[Tensor, ...]  # one tensor per field, of shape (samples, *shape of the field)
+    places: Tensor  # (samples,), where they are in the memory
+    weights: Tensor  # (samples,), importance-sampling weights in (0, 1]; all 1 if drawn uniformly
+
+
+class ReplayMemory:
+    """The newest ``capacity`` rows that were added.
+
+    The n-th draw of a memory depends on its seed, on n and on what it holds, on nothing else: with its
+    :meth:`state_dict` restored it goes on as if nothing had happened.
+
+    Args:
+        capacity: most rows that are kept.
+        seed: of the draws; give each rank's memory one of its own.
+        priority_exponent: 0 draws uniformly; above, row i is drawn with probability p_i ** exponent / sum, where p_i is
+            the priority that :meth:`prioritise` set, and that of a new row the largest so far (Schaul et al. 2016,
+            section 3.3, "proportional").
+        correction: exponent beta of the importance-sampling weights (N P(i)) ** -beta, divided by their largest in the
+            memory (section 3.4).
+    """
+
+    def __init__(self, capacity: int, seed: int, *, priority_exponent: float = 0.0, correction: float = 0.4):
+        if capacity < 1:
+            raise ConfigError(f"replay memory: capacity {capacity} is too small; it must be at least 1")
+        for name, value in (("priority exponent", priority_exponent), ("correction", correction)):
+            if not 0.0 <= value <= 1.0:
+                raise ConfigError(f"replay memory: {name} {value} must be from 0 to 1")
+        self.capacity, self.seed = capacity, seed
+        self.exponent, self.correction = priority_exponent, correction
+        self.added = 0  # rows, ever
+        self.draws = 0  # samples, ever
+        self._fields: list[Tensor] = []
+        self._priorities = Priorities(capacity) if priority_exponent else None
+        self._largest = 1.0
+
+    def __len__(self) -> int:
+        return min(self.added, self.capacity)
+
+    def add(self, *fields: Tensor) -> None:
+        """Add rows: one tensor per field, all of shape (rows, *shape of the field). The oldest rows make room.
+
+        Raises:
+            DataError: fields differ in their numbers of rows, or from those of earlier rows in shape or dtype.
+        """
+        rows = len(fields[0])
+        if any(len(field) != rows for field in fields):
+            raise DataError(f"replay memory: fields of different lengths, {[len(field) for field in fields]}")
+        if not self._fields:
+            self._fields = [torch.empty((self.capacity, *f.shape[1:]), dtype=f.dtype) for f in fields]
+        kinds = [[(tuple(f.shape[1:]), f.dtype) for f in group] for group in (fields, self._fields)]
+        if kinds[0] != kinds[1]:
+            raise DataError(f"replay memory: rows {kinds[0]} do not fit those it holds, {kinds[1]}")
+        kept = min(rows, self.capacity)
+        places = torch.arange(self.added + rows - kept, self.added + rows) % self.capacity
+        for own, new in zip(self._fields, fields, strict=True):
+            own[places] = new[rows - kept :].detach().cpu()
+        if self._priorities is not None:
+            self._priorities.put(places, torch.full((kept,), self._largest, dtype=torch.float64))
+        self.added += rows
+
+    def draw(self, samples: int) -> Draw:
+        """Return ``samples`` rows, with replacement.
+
+        Raises:
+            DataError: the memory is empty.
+        """
+        if not self.added:
+            raise DataError("replay memory: nothing was added yet, so there is nothing to draw")
+        generator = torch.Generator().manual_seed(derive_seed("replay", self.seed, self.draws))
+        chance = torch.rand(samples, generator=generator, dtype=torch.float64)
+        self.draws += samples
+        size = len(self)
+        if self._priorities is None:
+            places, weights = (chance * size).long(), torch.ones(samples)
+        else:
+            places = self._priorities.find(chance).clamp_(max=size - 1)
+            weights = self._weights(places)
+        return Draw(tuple(field[places] for field in self._fields), places, weights)
+
+    def prioritise(self, places: Tensor, priorities: Tensor) -> None:
+        """Set the priorities of rows, for instance to the size of their temporal-difference errors, plus a little."""
+        if self._priorities is not None:
+            raised = priorities.detach().double().cpu().clamp(min=1e-12) ** self.exponent
+            self._largest = max(self._largest, float(raised.max()))
+            self._priorities.put(places, raised)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return everything that decides what is drawn from now on, as tensors by name."""
+        state = {f"field_{i}": field[: len(self)].clone() for i, field in enumerate(self._fields)}
+        state["counters"] = torch.tensor([self.added, self.draws])
+        if self._priorities is not None:
+            state["priorities"] = self._priorities.leaves[: len(self)].clone()
+            state["largest_priority"] = torch.tensor([self._largest], dtype=torch.float64)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state.
+
+        Raises:
+            DataError: it is the state of a memory of another capacity, or of another kind.
+        """
+        added, draws = state["counters"].tolist()
+        fields = [state[f"field_{i}"] for i in range(sum(key.startswith("field_") for key in state))]
+        rows = len(fields[0]) if fields else 0
+        if rows != min(added, self.capacity):
+            raise DataError(f"replay memory: a state of {rows} rows does not fit a capacity of {self.capacity}")
+        if ("priorities" in state) != (self._priorities is not None):
+            raise DataError("replay memory: the state is of a memory with another priority exponent")
+        self.added, self.draws = added, draws
+        self._fields = [torch.empty((self.capacity, *f.shape[1:]), dtype=f.dtype) for f in fields]
+        for own, saved in zip(self._fields, fields, strict=True):
+            own[:rows] = saved
+        if self._priorities is not None:
+            self._priorities = Priorities(self.capacity)
+            self._priorities.put(torch.arange(rows), state["priorities"])
+            self._largest = float(state["largest_priority"])
+
+    def _weights(self, places: Tensor) -> Tensor:
+        assert self._priorities is not None
+        chances = self._priorities.leaves[places] / self._priorities.total
+        least = self._priorities.leaves[: len(self)].min() / self._priorities.total
+        return ((least / chances) ** self.correction).float()
+
+
+class Priorities:
+    """Numbers of which one is found by its share of their sum, in logarithmic time: a tree of partial sums."""
+
+    def __init__(self, capacity: int):
+        self._first = 1 << max(0, capacity - 1).bit_length()  # where the leaves begin; node i has children 2i and 2i+1
+        self._sums = torch.zeros(2 * self._first, dtype=torch.float64)
+
+    @property
+    def leaves(self) -> Tensor:
+        """The numbers themselves."""
+        return self._sums[self._first :]
+
+    @property
+    def total(self) -> Tensor:
+        """Their sum."""
+        return self._sums[1]
+
+    def put(self, places: Tensor | Sequence[int], numbers: Tensor) -> None:
+        """Set the numbers at ``places``; of several for one place the last counts."""
+        nodes = torch.as_tensor(places) + self._first
+        for node, number in zip(nodes.tolist(), numbers.tolist(), strict=True):
+            self._sums[node] = number
+        nodes = nodes.unique()
+        while len(nodes) and int(nodes[0]) > 1:
+            nodes = (nodes // 2).unique()
+            self._sums[nodes] = self._sums[2 * nodes] + self._sums[2 * nodes + 1]
+
+    def find(self, chance: Tensor) -> Tensor:
+        """Return for each of ``chance`` in [0, 1) the place whose stretch of the running sum it falls into."""
+        left_over = chance * self.total
+        nodes = torch.ones(len(chance), dtype=torch.int64)
+        while int(nodes[0]) < self._first:
+            left = self._sums[2 * nodes]
+            right = left_over >= left
+            # Rounding may leave a little over where the right half is empty.
+            right &= self._sums[2 * nodes + 1] > 0
+            left_over = left_over - torch.where(right, left, 0.0)
+            nodes = 2 * nodes + right
+        return nodes - self._first

@@ -1,0 +1,57 @@
+"""Who takes a turn on which global batch: all learners on each, unless a task says otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import overload
+
+from distloop.errors import ConfigError, nearest
+from distloop.learner import Learner
+
+
+class Turns(Sequence[Learner]):
+    """Learners for the loop, which iterates over them once per global batch.
+
+    Args:
+        learners: in the order of their turns.
+        every: by learner, on every how many global batches it takes its turn (default: on each). A GAN whose generator
+            learns half as often as its discriminator has ``{"generator": 2}``.
+
+    Raises:
+        ConfigError: a name is unknown, a number is not positive, or there would be batches on which nobody learns.
+    """
+
+    def __init__(self, learners: Sequence[Learner], every: Mapping[str, int] | None = None):
+        self._learners = list(learners)
+        names = [learner.name for learner in self._learners]
+        for name, batches in (every or {}).items():
+            if name not in names:
+                raise ConfigError(f"task.turns: there is no learner {name!r}{nearest(name, names)}")
+            if not isinstance(batches, int) or batches < 1:
+                raise ConfigError(f"task.turns: {name}: {batches!r} must be a whole number, at least 1")
+        self.every = {name: (every or {}).get(name, 1) for name in names}
+        if min(self.every.values()) > 1:
+            raise ConfigError(f"task.turns: some learner must take a turn on every batch, not {self.every}")
+        self.batches = 0  # begun so far
+        self._taking = self._learners
+
+    def __iter__(self) -> Iterator[Learner]:
+        """Begin a global batch: yield those whose turn it is."""
+        self.batches += 1
+        self._taking = [learner for learner in self._learners if self.batches % self.every[learner.name] == 0]
+        return iter(self._taking)
+
+    @property
+    def last(self) -> Learner:
+        """Whose turn is the last on the present global batch."""
+        return self._taking[-1]
+
+    def __len__(self) -> int:
+        return len(self._learners)
+
+    @overload
+    def __getitem__(self, index: int) -> Learner: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Learner]: ...
+    def __getitem__(self, index: int | slice) -> Learner | list[Learner]:
+        return self._learners[index]
