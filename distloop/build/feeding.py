@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -52,9 +53,11 @@ class Fed:
         return seconds
 
     def report(self) -> dict[str, float]:
-        """Return what the task tells of its collecting, as means over all ranks."""
+        """Return what the task tells of its collecting since it was asked last, as means over all ranks."""
         own = self._task.report() if hasattr(self._task, "report") else {}
-        return totals(self._place.transport, {name: as_pair("report()", name, pair) for name, pair in own.items()})
+        sums = {name: as_pair("report()", name, pair) for name, pair in own.items()}
+        means = totals(self._place.transport, sums)
+        return {name: mean for name, mean in means.items() if not math.isnan(mean)}  # nothing since the last report
 
     def _enter(self, data: Any) -> None:
         if hasattr(data, "extract"):

@@ -7,8 +7,6 @@ from typing import Any
 
 from distloop.records import Record
 
-LEFT_OUT = {"best"}  # said otherwise
-
 
 def line(record: Record, total_steps: int | None = None) -> str:
     """Return a line for a train or evaluate record; columns of consecutive lines stand under each other."""
@@ -22,7 +20,12 @@ def line(record: Record, total_steps: int | None = None) -> str:
 
 
 def _columns(values: Mapping[str, Any]) -> str:
-    return "  ".join(f"{label(key)} {number(key, value)}" for key, value in values.items() if key not in LEFT_OUT)
+    return "  ".join(f"{label(key)} {number(key, value)}" for key, value in values.items() if not _left_out(key))
+
+
+def _left_out(key: str) -> bool:
+    # Of several learners the losses fill a line; the rest is in metrics.jsonl and in the curves.
+    return key == "best" or key.endswith(("/lr", "/gradient_norm"))
 
 
 def label(key: str) -> str:
@@ -40,4 +43,6 @@ def number(key: str, value: Any) -> str:
         return f"{value:>3}"
     if key.endswith(("lr", "loss_scale")):
         return f"{value:>9.3g}"
+    if key.endswith("_steps"):
+        return f"{value:>9,.0f}"
     return f"{value:>9.4f}" if abs(value) < 1e4 else f"{value:>9.3g}"

@@ -9,7 +9,14 @@ from typing import Any
 
 from distloop.errors import ConfigError, DistloopError, nearest
 
-TASKS = {"digits": "distloop.tasks.digits:Digits", "byte_lm": "distloop.tasks.byte_lm:ByteLM"}
+TASKS = {
+    "digits": "distloop.tasks.digits:Digits",
+    "byte_lm": "distloop.tasks.byte_lm:ByteLM",
+    "gan": "distloop.tasks.gan:GAN",
+    "dqn": "distloop.tasks.dqn:DQN",
+    "actor_critic": "distloop.tasks.actor_critic:ActorCritic",
+    "dyna": "distloop.tasks.dyna:Dyna",
+}
 
 
 def import_object(path: str, what: str) -> Any:
