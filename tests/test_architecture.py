@@ -20,7 +20,7 @@ FLOORS = [
     ["strategies"],
     ["transforms", "schedules"],
     ["optimizer"],
-    ["loading", "data", "first_step"],
+    ["loading", "data", "first_step", "losses"],
     ["learner"],
     ["checkpoint"],
     ["loop"],
