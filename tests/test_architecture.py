@@ -20,7 +20,7 @@ FLOORS = [
     ["strategies"],
     ["transforms", "schedules"],
     ["optimizer"],
-    ["loading", "data", "uneven", "site", "memory", "averages", "first_step"],
+    ["loading", "data", "uneven", "site", "memory", "averages", "losses", "first_step"],
     ["learner", "turns"],
     ["checkpoint"],
     ["loop"],
