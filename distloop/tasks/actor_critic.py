@@ -14,12 +14,11 @@ from torch.utils.data import TensorDataset
 from distloop.data import derive_seed
 from distloop.learner import Objective
 from distloop.site import Site
-from distloop.tasks.environments import Chances, Episode, Maker, network, play
+from distloop.tasks.environments import Chances, Episode, Figures, Maker, network, play
 from distloop.tasks.options import check_choice, check_numbers
 from distloop.uneven import PerRank
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # observations, actions, log probabilities, advantages, returns
-Figures = dict[str, tuple[float, float]]
 
 
 class Actor:
@@ -44,7 +43,8 @@ class Actor:
         policy = Categorical(logits=scores, validate_args=False)
         ratio: Tensor = (policy.log_prob(actions) - before).exp()
         surrogate = torch.minimum(ratio * advantages, ratio.clamp(1.0 - self.clip, 1.0 + self.clip) * advantages)
-        return -surrogate.mean() - self.entropy * policy.entropy().mean()
+        uncertainty: Tensor = policy.entropy()
+        return -surrogate.mean() - self.entropy * uncertainty.mean()
 
 
 class Critic:

@@ -15,7 +15,8 @@ from distloop.errors import ConfigError
 from distloop.site import Site
 
 Act = Callable[[Tensor, Sequence[int]], Tensor]
-Transitions = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # observations, actions, rewards, next ones, terminated
+Figures = dict[str, tuple[float, float]]  # (sum, count) by name
+Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # observations, actions, rewards, next ones, terminated
 
 
 class Maker:
@@ -130,7 +131,7 @@ class Stream:
         """Return what is seen now, of shape (environments, size)."""
         return torch.from_numpy(np.stack(self._seen)).float()
 
-    def step(self, actions: Sequence[int]) -> Transitions:
+    def step(self, actions: Sequence[int]) -> Rows:
         """Act once in each environment; one that has ended begins anew."""
         before, after, rewards, ends = self.observations(), [], [], []
         for i, action in enumerate(actions):
@@ -175,10 +176,12 @@ class Chances:
         return self._drawn[:, self._next - 1]
 
 
-def network(inputs: int, hidden: int, outputs: int, *, scale: float = 1.0) -> nn.Sequential:
-    """Return an MLP of two hidden layers with tanh, orthogonal weights, and a last layer ``scale`` times as large."""
+def network(
+    inputs: int, hidden: int, outputs: int, *, scale: float = 1.0, activation: type[nn.Module] = nn.Tanh
+) -> nn.Sequential:
+    """Return an MLP of two hidden layers with orthogonal weights, its last layer ``scale`` times as large."""
     layers = [nn.Linear(inputs, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)]
     for layer, gain in zip(layers, (2**0.5, 2**0.5, scale), strict=True):
         nn.init.orthogonal_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
-    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
+    return nn.Sequential(layers[0], activation(), layers[1], activation(), layers[2])
