@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -69,11 +69,10 @@ class Evaluation:
         )
         self._precision = precision
 
-    @torch.no_grad()
     def __call__(self) -> dict[str, float]:
         """Return every metric of the whole data set, to the bit the same on every rank."""
         sums: dict[str, Tensor] = {}
-        with self._evaluating():
+        with evaluating(self._models):
             for minibatch in self._batches.extract(0, self._world):
                 for micro_batch in minibatch:
                     self._add(micro_batch.batch, sums)
@@ -82,28 +81,15 @@ class Evaluation:
         agreed: dict[str, float] = gather_json(self._everyone, values)[0]
         return agreed
 
-    @torch.no_grad()
     def names(self) -> list[str]:
         """Return the metrics' names, as a first batch shows them."""
         first = next(self._batches.extract(0, World())).micro_batches[0]
         sums: dict[str, Tensor] = {}
-        with self._evaluating():
+        with evaluating(self._models):
             self._add(first.batch, sums)
         for metric in self._objects().values():
             metric.reset()
         return [*self._summary(totals(Alone(), sums)), *self._objects()]
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Put all modules into evaluation mode, and each back into its own afterwards."""
-        modes = [(module, module.training) for model in self._models for module in model.modules()]
-        for model in self._models:
-            model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
 
     def _add(self, batch: Any, sums: dict[str, Tensor]) -> None:
         with self._precision():
@@ -135,6 +121,20 @@ class Evaluation:
                 values[key] = float(part)
             metric.reset()
         return values
+
+
+@contextmanager
+def evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Put all modules into evaluation mode, without gradients, and each back into its own mode afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def totals(transport: Transport, sums: Mapping[str, Tensor]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from distloop.build.contents import fingerprint, samples_in
 from distloop.build.facts import facts
 from distloop.build.feeding import Fed, make_loading
 from distloop.build.method import Method
-from distloop.build.models import make_strategy, moving_averages, refuse_shared_parameters
+from distloop.build.models import draw_task, make_strategy, moving_averages, refuse_shared_parameters
 from distloop.build.place import Place, make_directory, make_place, write_configuration
 from distloop.data import Plan, derive_seed
 from distloop.errors import nearest
@@ -80,7 +81,7 @@ class Builder:
         directory = make_directory(config, world, transport)
         if world.rank == 0:
             write_configuration(directory, self.resolved)
-        shown, progress = self._observers(directory, steps, world.rank)
+        shown, progress = self._observers(task, directory, steps, world.rank)
         return Session(
             fed,
             turns,
@@ -99,7 +100,9 @@ class Builder:
             progress=progress,
         )
 
-    def _observers(self, directory: Path, steps: int | None, rank: int) -> tuple[list[Observer], Progress | None]:
+    def _observers(
+        self, task: Any, directory: Path, steps: int | None, rank: int
+    ) -> tuple[list[Observer], Progress | None]:
         """Return the supplied observers and those that the configuration names, and what advances the progress bar."""
         log = self.config.log
         supplied, progress = make_observers(
@@ -109,6 +112,7 @@ class Builder:
             progress=log.progress,
             tensorboard=log.tensorboard,
             picture=log.picture,
+            task_pictures=partial(draw_task, task) if hasattr(task, "pictures") else None,
         )
         named = [import_object(path, self.resolved.source("log.observers")) for path in log.observers]
         return [*supplied, *(named if rank == 0 else [])], progress

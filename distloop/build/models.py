@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from distloop.averages import MovingAverage
 from distloop.build.place import Place
 from distloop.config import StrategySection
 from distloop.errors import ConfigError
+from distloop.evaluation import evaluating
 from distloop.learner import Objective, trained_parameters
+from distloop.observers.pictures import TaskPictures
+from distloop.records import Observer
 from distloop.strategies import Options, Strategy, make
 from distloop.strategies.base import agree_on_model
 
@@ -67,6 +74,17 @@ def refuse_shared_parameters(objectives: Mapping[str, Objective]) -> None:
                     "may train them: make them one objective whose loss is the sum, or leave them out of the model of "
                     "one, which may still use them in its guess"
                 )
+
+
+def draw_task(task: Any, directory: Path) -> Observer:
+    """Return the observer that draws what a task has to show."""
+
+    @contextmanager
+    def quietly() -> Iterator[None]:
+        with evaluating(o.model for o in task.objectives.values()), torch.random.fork_rng(devices=[]):
+            yield
+
+    return TaskPictures(task.pictures, directory, quietly)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

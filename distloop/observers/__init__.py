@@ -18,8 +18,11 @@ def make_observers(
     progress: bool | None,
     tensorboard: bool | None,
     picture: bool | None,
+    task_pictures: Callable[[Path], Observer] | None = None,
 ) -> tuple[list[Observer], Callable[[int], None] | None]:
     """Return the supplied observers of a rank, and what advances its progress bar, if it has one.
+
+    ``task_pictures`` makes the one that draws what the task has to show.
 
     Raises:
         ConfigError: TensorBoard or a picture is asked for, but the library is missing.
@@ -37,6 +40,8 @@ def make_observers(
         observers.append(TensorBoard(directory / "tensorboard"))
     if _wanted(picture, "matplotlib", "log.picture", "plots"):
         observers.append(LearningCurves(directory / "curves.png"))
+        if task_pictures is not None:
+            observers.append(task_pictures(directory))
     return [*observers, console], console.advance if console.shows_progress else None
 
 

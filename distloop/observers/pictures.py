@@ -1,13 +1,53 @@
-"""Learning curves as a picture, drawn when the run ends."""
+"""Pictures of a run: its learning curves, drawn when it ends, and what its task draws."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from distloop.observers.text import label
 from distloop.records import Record
+
+Pictures = Callable[[], Mapping[str, Callable[[Any], None]]]
+
+
+class TaskPictures:
+    """What a task draws: at each evaluation into ``pictures/NAME-STEP.png``, at the end into ``NAME.png``.
+
+    Args:
+        pictures: the task's; returns by name what draws on a matplotlib figure.
+        directory: of the run.
+        quietly: a context in which drawing leaves no trace in the training.
+    """
+
+    def __init__(self, pictures: Pictures, directory: Path, quietly: Callable[[], AbstractContextManager[None]]):
+        self._pictures, self._directory, self._quietly = pictures, directory, quietly
+
+    def __call__(self, record: Record) -> None:
+        if record.kind not in ("evaluate", "end"):
+            return
+        try:
+            with self._quietly():
+                for name, draw in self._pictures().items():
+                    self._draw(record, name, draw)
+        except OSError as failure:
+            print(f"distloop: {self._directory}: {failure.strerror}; a picture is missing", file=sys.stderr)
+
+    def _draw(self, record: Record, name: str, draw: Callable[[Any], None]) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(layout="constrained")
+        FigureCanvasAgg(figure)
+        draw(figure)
+        path = self._directory / f"{name}.png"
+        if record.kind == "evaluate":
+            path = self._directory / "pictures" / f"{name}-{record.step:06d}.png"
+            path.parent.mkdir(exist_ok=True)
+        figure.savefig(path, dpi=120)
 
 
 class LearningCurves:
