@@ -12,6 +12,7 @@ from torch import nn
 from distloop.agreement import Agreement
 from distloop.build.contents import fingerprint, samples_in
 from distloop.build.facts import facts
+from distloop.build.length import epochs_of, steps_of
 from distloop.build.method import Method
 from distloop.build.place import Place, make_directory, make_place, write_configuration
 from distloop.data import Batches, Plan, derive_seed
@@ -100,7 +101,7 @@ class Builder:
         weighers = {name: o.weight for name, o in task.objectives.items() if hasattr(o, "weight")}
         fed = Fed(task, lambda data, size: self._batches(task, data, size, place, weighers), config.train.seed)
         plan = getattr(fed.collect(0), "plan", None)
-        steps = self._steps(plan)
+        steps = steps_of(config, plan)
         learners = [self._learner(name, o, strategies[name], steps) for name, o in task.objectives.items()]
         evaluation = self._evaluation(task, place)
         monitored = self._check_monitor(evaluation)
@@ -139,27 +140,15 @@ class Builder:
         named = [import_object(path, self.resolved.source("log.observers")) for path in log.observers]
         return [*supplied, *(named if rank == 0 else [])], progress
 
-    @property
-    def _epochs(self) -> int | None:
-        train = self.config.train
-        unlimited = train.epochs is None and train.max_steps is None and train.max_seconds is None
-        return 10 if unlimited else train.epochs
-
     def _limits(self) -> Limits:
         config = self.config
         return Limits(
-            epochs=self._epochs,
+            epochs=epochs_of(config),
             max_steps=config.train.max_steps,
             log_every=config.log.every,
             evaluate_steps=config.evaluate.every_steps,
             evaluate_epochs=config.evaluate.every_epochs,
         )
-
-    def _steps(self, plan: Plan | None) -> int | None:
-        """Return how many updates the run will make, if that can be told."""
-        by_epochs = plan.steps * self._epochs if plan is not None and self._epochs is not None else None
-        known = [n for n in (by_epochs, self.config.train.max_steps) if n is not None]
-        return min(known) if known else None
 
     def _batches(self, task: Any, data: Any, size: int, place: Place, weighers: Weighers) -> Batches:
         agree_on(place.transport, {"number of samples": size, "contents": fingerprint(data)}, "the data set")

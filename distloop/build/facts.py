@@ -36,7 +36,7 @@ def facts(
     if plan is not None:
         lines["batch"] = _batch(plan, world.size)
     lines["length"] = "until stopped" if steps is None else f"{steps} steps"
-    lines["optimizer"] = _optimizer(config, learners[0].base_lr)
+    lines["optimizer"] = describe_optimizer(config, learners[0].base_lr)
     if monitored is not None:
         lines["monitor"] = monitored
     lines["precision"] = config.precision.name
@@ -65,7 +65,8 @@ def _batch(plan: Plan, ranks: int) -> str:
     )
 
 
-def _optimizer(config: Config, lr: float) -> str:
+def describe_optimizer(config: Config, lr: float) -> str:
+    """Return optimizer, learning rate, schedule and weight decay in words."""
     c, schedule = config.optimizer, config.schedule
     text = f"{c.name}, lr {lr:.4g}"
     scale = lr_scale(c, config.data.global_batch_size)
