@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help train test test-fast lint format docs bench clean
+.PHONY: help train test test-fast lint format docs bench gallery clean
 
 help:
 	@echo "make train      train $(CONFIG) on $(RANKS) ranks (CONFIG=..., RANKS=... to change)"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       docs/configuration.md, again from the schema"
 	@echo "make bench      benchmarks/loop_overhead.py"
+	@echo "make gallery    docs/images/gallery.png: optimizers times schedules"
 	@echo "make clean      remove what these commands made (not runs/)"
 
 train: $(VENV)/.train
@@ -40,6 +41,9 @@ docs: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/loop_overhead.py
+
+gallery: $(VENV)/.dev
+	$(BIN)/python docs/gallery.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

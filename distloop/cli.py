@@ -1,4 +1,4 @@
-"""The command line: ``distloop train`` and ``distloop config``."""
+"""The command line: ``distloop train``, ``distloop config`` and ``distloop plot``."""
 
 from __future__ import annotations
 
@@ -83,6 +83,58 @@ def config(context: click.Context, target: str, as_json: bool, traceback: bool) 
         Method(resolved)
         resolved.choose("strategy.name", STRATEGIES)
         _print_config(resolved, as_json=as_json)
+        return 0
+
+    guarded(work, traceback=traceback)
+
+
+@cli.command(context_settings=SETTINGS_FOLLOW, short_help="Draw learning curves of runs, or a schedule.")
+@click.argument("runs", nargs=-1)
+@click.option("--schedule", metavar="TARGET", help="Draw the learning rate of a run that has not begun.")
+@click.option("--output", default="plot.png", show_default=True, help="The picture: .png, .pdf, .svg or .jpg.")
+@click.option("--metric", "metrics", multiple=True, metavar="NAME", help="A panel to draw; may be given repeatedly.")
+@click.option(
+    "--x", type=click.Choice(["step", "epoch", "seconds"]), default="step", show_default=True, help="Abscissa."
+)
+@click.option("--smooth", type=click.IntRange(1), default=1, metavar="N", help="Mean over N training records.")
+@click.option("--traceback", is_flag=True, help="Show where in the code an error comes from.")
+@click.pass_context
+def plot(
+    context: click.Context,
+    runs: tuple[str, ...],
+    schedule: str | None,
+    output: str,
+    metrics: tuple[str, ...],
+    x: str,
+    smooth: int,
+    traceback: bool,
+) -> None:
+    """Draw the learning curves of RUNS, run directories, finished or not, into one picture.
+
+    Several runs are told apart by the settings in which they differ:
+
+        distloop plot runs/*
+
+    With --schedule, draw the learning rate of a run before it begins; TARGET and settings are those of train:
+
+        distloop plot --schedule configs/digits.yaml --schedule.name one_cycle
+    """
+    from distloop.failure import guarded
+
+    def work() -> int:
+        from distloop.plot import check_request
+
+        given = context.get_parameter_source
+        asked = [f"--{name}" for name in ("x", "smooth") if given(name) is click.core.ParameterSource.COMMANDLINE]
+        check_request(runs, schedule, Path(output), [*(["--metric"] if metrics else []), *asked])
+        if schedule is None:
+            from distloop.plot.runs import plot_runs
+
+            print(plot_runs(runs, Path(output), x=x, metrics=metrics, smooth=smooth))
+        else:
+            from distloop.plot.schedule import plot_schedule
+
+            print(plot_schedule(_resolve(schedule, list(runs)), Path(output)))
         return 0
 
     guarded(work, traceback=traceback)

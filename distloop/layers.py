@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,16 +50,6 @@ def learner_key(dotted: str, source: str) -> tuple[str, str]:
     if len(parts) != 3:
         raise ConfigError(f"{source}: {dotted}: must be like {LEARNERS}.{parts[0] if parts else 'NAME'}.optimizer.lr")
     return parts[0], f"{section}.{parts[2]}"
-
-
-def nested(own: Sequence[Mapping[str, Settings]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return what layers say of single learners as it would stand in a file."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for name, settings in ((name, settings) for layer in own for name, settings in layer.items()):
-        for dotted, setting in settings.items():
-            section, _, key = dotted.partition(".")
-            found.setdefault(name, {}).setdefault(section, {})[key] = setting.value
-    return found
 
 
 def leaves(dotted: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:

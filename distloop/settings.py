@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distloop.errors import ConfigError, nearest
-from distloop.layers import LEARNERS, Setting, Settings, divide, learner_key, leaves, nested
+from distloop.layers import LEARNERS, Setting, Settings, divide, learner_key, leaves
 from distloop.yaml_file import parse_value, read_sections
 
 if TYPE_CHECKING:
@@ -81,14 +81,25 @@ def resolve(*layers: Settings) -> Resolved:
         ConfigError: a key is unknown or a value is wrong; one line each, with its source.
     """
     parted = [divide(layer) for layer in layers]
-    own = [by_learner for _, by_learner in parted]
-    resolved = _resolve([general for general, _ in parted], nested(own))
-    learners, sources = {}, dict(resolved.sources)
-    for name in dict.fromkeys(name for by_learner in own for name in by_learner):
+    learners: dict[str, Resolved] = {}
+    sources: dict[str, str] = {}
+    own: dict[str, dict[str, dict[str, Any]]] = {}  # by learner, section and key, as it would stand in a file
+    for name in dict.fromkeys(name for _, by_learner in parted for name in by_learner):
         # In a layer what is said of one learner wins over what is said of all; a later layer wins over both.
-        learners[name] = _resolve([part for general, mine in parted for part in (general, mine.get(name, {}))])
-        sources |= {f"{LEARNERS}.{name}.{key}": s.source for mine in own for key, s in mine.get(name, {}).items()}
-    return replace(resolved, sources=sources, learners=learners)
+        learners[name] = _resolve([layer for general, mine in parted for layer in (general, _named(name, mine))])
+        for dotted, setting in ((d, s) for _, mine in parted for d, s in mine.get(name, {}).items()):
+            section, _, key = dotted.partition(".")
+            value = getattr(getattr(learners[name].config, section), key)
+            own.setdefault(name, {}).setdefault(section, {})[key] = value
+            sources[f"{LEARNERS}.{name}.{dotted}"] = setting.source
+    resolved = _resolve([general for general, _ in parted], own)
+    return replace(resolved, sources={**resolved.sources, **sources}, learners=learners)
+
+
+def _named(name: str, by_learner: Mapping[str, Settings]) -> Settings:
+    """Return what a layer says of a learner, with its name beside the source."""
+    own = by_learner.get(name, {})
+    return {dotted: replace(s, source=f"{s.source}: {LEARNERS}.{name}") for dotted, s in own.items()}
 
 
 def _resolve(layers: Sequence[Settings], learners: Mapping[str, Any] | None = None) -> Resolved:

@@ -73,6 +73,27 @@ def test_the_readme_quotes_what_the_benchmark_wrote() -> None:
     assert quoted is not None and quoted.group(1) == table
 
 
+def test_the_gallery_quotes_what_its_runs_gave() -> None:
+    gallery = load(ROOT / "docs" / "gallery.py")
+    results = json.loads(gallery.RESULTS.read_text())
+    page = (ROOT / "docs" / "gallery.md").read_text()
+    quoted = re.search(r"<!-- gallery -->\n(.*?)\n<!-- /gallery -->", page, re.DOTALL)
+    assert quoted is not None and quoted.group(1) == gallery.table(results)
+    assert (results["optimizers"], results["schedules"]) == (gallery.OPTIMIZERS, gallery.SCHEDULES), "run make gallery"
+
+
+def test_a_cell_of_the_gallery_can_be_run_and_drawn() -> None:
+    gallery = load(ROOT / "docs" / "gallery.py")
+    results = json.loads(gallery.RESULTS.read_text())
+    run = gallery.measure("AdamW, decay 0.1", "one-cycle", seed=0, epochs=2)
+    assert run["steps"][-1] == 46 and run["training_loss"][-1] < run["training_loss"][0]
+    shape = gallery.shape_of("one-cycle")
+    assert shape == results["shapes"]["one-cycle"] and len(shape["updates"]) == gallery.STEPS
+    axes = gallery.draw(results).axes
+    assert len(axes) == 30
+    assert [axis.get_title() for axis in axes[:5]] == list(gallery.SCHEDULES)
+
+
 def test_links_in_documents_lead_somewhere() -> None:
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
         for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):

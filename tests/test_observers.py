@@ -11,6 +11,7 @@ import pytest
 from distloop.errors import ConfigError
 from distloop.observers import make_observers
 from distloop.observers.console import Console
+from distloop.observers.curves import panels
 from distloop.observers.files import JsonLines, LogFile, TensorBoard
 from distloop.observers.pictures import LearningCurves
 from distloop.observers.text import line
@@ -88,9 +89,9 @@ def test_learning_curves_are_a_picture(tmp_path: Path) -> None:
     for record in (TRAIN, LATER, EVALUATE, END):
         draw(record)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    panels = draw._panels()
-    assert list(panels) == ["loss", "accuracy", "lr"]
-    assert panels["loss"] == [("train", "loss"), ("evaluate", "loss")]
+    found = panels([draw.curves])
+    assert list(found) == ["loss", "accuracy", "lr"]
+    assert found["loss"] == [("train", "loss"), ("evaluate", "loss")]
 
 
 def test_the_console_is_quiet_when_it_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:

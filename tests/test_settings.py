@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distloop.build.method import Method
+from distloop.build.place import write_configuration
 from distloop.config import Config
 from distloop.errors import ConfigError
 from distloop.settings import from_arguments, from_environment, from_file, from_mapping, resolve
@@ -121,8 +122,6 @@ def test_dashes_and_equal_signs() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_supplied_configurations_are_valid_and_a_dump_of_them_is_the_same(path: Path, tmp_path: Path) -> None:
-    from distloop.build.place import write_configuration
-
     resolved = resolve(from_file(path))
     Method(resolved)
     given = {dotted: value for dotted, value, source in resolved.rows() if source != "default"}
@@ -133,8 +132,81 @@ def test_supplied_configurations_are_valid_and_a_dump_of_them_is_the_same(path: 
 
 def test_every_key_is_explained() -> None:
     for section, field in Config.model_fields.items():
+        if section == "learners":
+            continue
         for key, inner in field.annotation.model_fields.items():  # type: ignore[union-attr]
             assert inner.description, f"{section}.{key}"
+
+
+LEARNERS = """
+optimizer:
+  name: sgd
+  lr: 1
+learners:
+  critic:
+    optimizer:
+      lr: 2
+    schedule: {name: step, every: 5}
+"""
+
+
+def test_a_learner_may_have_settings_of_its_own(tmp_path: Path) -> None:
+    path = write(tmp_path, LEARNERS)
+    resolved = resolve(from_file(path))
+    actor, critic = resolved.for_learner("actor").config, resolved.for_learner("critic").config
+    assert (actor.optimizer.lr, critic.optimizer.lr) == (1, 2)
+    assert (actor.schedule.name, critic.schedule.name, critic.schedule.every) == ("constant", "step", 5)
+    assert critic.optimizer.name == "sgd", "what is not said of it alone is as for all"
+    rows = {key: (value, source) for key, value, source in resolved.rows()}
+    assert rows["learners.critic.optimizer.lr"] == (2, f"{path}:6")
+    Method(resolved.for_learner("critic"))
+    write_configuration(tmp_path, resolved)
+    again = resolve(from_file(tmp_path / "config.yaml"))
+    assert again.for_learner("critic").config == critic
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lr"),
+    [
+        (["--optimizer.lr", "3"], 3),  # the command line wins over the file, whichever of them names the learner
+        (["--learners.critic.optimizer.lr", "4"], 4),
+        (["--optimizer.lr", "3", "--learners.critic.optimizer.lr", "4"], 4),
+    ],
+)
+def test_later_layers_win_over_earlier_ones_of_a_learner(tmp_path: Path, arguments: list[str], lr: float) -> None:
+    resolved = resolve(from_file(write(tmp_path, LEARNERS)), from_arguments(arguments))
+    assert resolved.for_learner("critic").config.optimizer.lr == lr
+    write_configuration(tmp_path, resolved)
+    assert resolve(from_file(tmp_path / "config.yaml")).for_learner("critic").config.optimizer.lr == lr
+
+
+def test_learners_by_environment_and_from_python() -> None:
+    environment = from_environment({"DISTLOOP_LEARNERS__MY_CRITIC__OPTIMIZER__WEIGHT_DECAY": "0.5"})
+    python = from_mapping({"learners": {"my_critic": {"gradients": {"clip_norm": 1.0}}}})
+    config = resolve(environment, python).for_learner("my_critic").config
+    assert (config.optimizer.weight_decay, config.gradients.clip_norm) == (0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "learners:\n  a:\n    optimizer: {lrr: 1}\n",
+            "my.yaml:2: learners.a: optimizer.lrr: unknown key 'lrr' .*'lr'",
+        ),
+        ("learners:\n  a:\n    optimizer: {lr: x}\n", "my.yaml:2: learners.a: optimizer.lr: 'x' is wrong"),
+        (
+            "learners:\n  a:\n    optimiser: {lr: 1}\n",
+            "learners.a.optimiser.lr: .* no section 'optimiser' .*'optimizer'",
+        ),
+        ("learners:\n  a:\n    data: {workers: 1}\n", "learners.a.data.workers: a learner has no section 'data'"),
+        ("learners:\n  a: 3\n", "learners.a: must be like learners.a.optimizer.lr"),
+        ("learners:\n  a:\n    optimizer: 3\n", "learners.a.optimizer: must be like"),
+    ],
+)
+def test_bad_settings_of_a_learner(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(from_file(write(tmp_path, text)))
 
 
 @given(st.text(max_size=200))

@@ -13,10 +13,11 @@ from distloop.agreement import Agreement
 from distloop.build.contents import fingerprint, samples_in
 from distloop.build.facts import facts
 from distloop.build.feeding import Fed, make_loading
+from distloop.build.length import epochs_of, steps_of
 from distloop.build.method import Method
 from distloop.build.models import draw_task, make_strategy, moving_averages, refuse_shared_parameters
 from distloop.build.place import Place, make_directory, make_place, write_configuration
-from distloop.data import Plan, derive_seed
+from distloop.data import derive_seed
 from distloop.errors import nearest
 from distloop.evaluation import Evaluation
 from distloop.learner import Learner, Objective, autocast
@@ -74,7 +75,7 @@ class Builder:
             task.join(Site(world, transport, place.device, config.train.seed))
         fed = Fed(task, config, place, {name: o.weight for name, o in objectives.items() if hasattr(o, "weight")})
         plan = getattr(fed.collect(0), "plan", None)
-        steps = self._steps(plan)
+        steps = steps_of(config, plan)
         turns = self._turns(task, strategies, steps)
         evaluation = self._evaluation(task, place)
         monitored = self._check_monitor(evaluation)
@@ -117,27 +118,15 @@ class Builder:
         named = [import_object(path, self.resolved.source("log.observers")) for path in log.observers]
         return [*supplied, *(named if rank == 0 else [])], progress
 
-    @property
-    def _epochs(self) -> int | None:
-        train = self.config.train
-        unlimited = train.epochs is None and train.max_steps is None and train.max_seconds is None
-        return 10 if unlimited else train.epochs
-
     def _limits(self) -> Limits:
         config = self.config
         return Limits(
-            epochs=self._epochs,
+            epochs=epochs_of(config),
             max_steps=config.train.max_steps,
             log_every=config.log.every,
             evaluate_steps=config.evaluate.every_steps,
             evaluate_epochs=config.evaluate.every_epochs,
         )
-
-    def _steps(self, plan: Plan | None) -> int | None:
-        """Return how many updates the run will make, if that can be told."""
-        by_epochs = plan.steps * self._epochs if plan is not None and self._epochs is not None else None
-        known = [n for n in (by_epochs, self.config.train.max_steps) if n is not None]
-        return min(known) if known else None
 
     def _evaluation(self, task: Any, place: Place) -> Evaluation | None:
         samples = getattr(task, "validation", None)

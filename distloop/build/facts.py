@@ -40,7 +40,7 @@ def facts(
     lines["length"] = "until stopped" if steps is None else f"{steps} steps"
     for learner in learners:
         own = learner.name in resolved.learners
-        lines[learner.name if own else "optimizer"] = _optimizer(
+        lines[learner.name if own else "optimizer"] = describe_optimizer(
             resolved.for_learner(learner.name).config, learner.base_lr
         )
     if monitored is not None:
@@ -71,7 +71,8 @@ def _batch(plan: Plan, ranks: int) -> str:
     )
 
 
-def _optimizer(config: Config, lr: float) -> str:
+def describe_optimizer(config: Config, lr: float) -> str:
+    """Return optimizer, learning rate, schedule and weight decay in words."""
     c, schedule = config.optimizer, config.schedule
     text = f"{c.name}, lr {lr:.4g}"
     scale = lr_scale(c, config.data.global_batch_size)

@@ -45,8 +45,13 @@ def make_observers(
     return [*observers, console], console.advance if console.shows_progress else None
 
 
+def require(module: str, what: str, extra: str) -> None:
+    """Raise a ConfigError if a library is missing that ``what`` needs."""
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(f"{what}: needs {module}: pip install 'distloop[{extra}]'")
+
+
 def _wanted(asked: bool | None, module: str, key: str, extra: str) -> bool:
-    there = importlib.util.find_spec(module) is not None
-    if asked and not there:
-        raise ConfigError(f"{key}: needs {module}: pip install 'distloop[{extra}]'")
-    return there if asked is None else asked
+    if asked:
+        require(module, key, extra)
+    return importlib.util.find_spec(module) is not None if asked is None else asked
