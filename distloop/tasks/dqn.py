@@ -129,7 +129,7 @@ class DQN:
         replay_ratio: float = 32.0,
         capacity: int = 50_000,
         priority_exponent: float = 0.0,
-        hidden: int = 128,
+        hidden: int = 256,
         discount: float = 0.99,
         explore_from: float = 1.0,
         explore_to: float = 0.05,
