@@ -17,13 +17,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distloop import optimizer as optimizers
-from distloop.data import Batches, Plan, permutation
+from distloop.averages import MovingAverage
+from distloop.data import Batches, Plan, derive_seed, permutation
 from distloop.learner import Learner, trained_parameters
 from distloop.loop import train
 from distloop.schedules import Constant
 from distloop.strategies import Options, make
+from distloop.tasks import actor_critic
 from distloop.transforms import ClipByNorm, ClipByValue, LossScale, Stream, Total, Transform
 from distloop.transports import Transport
+from distloop.turns import Turns
+from distloop.uneven import PerRank, UnevenBatches
 from distloop.world import World
 
 
@@ -47,6 +51,8 @@ class Case:
     seed: int = 3
     unused: bool = False
     precision: str = "fp32"
+    counts: tuple[int, ...] = ()  # of the actor-critic task: how many samples each rank collected
+    every: int = 1  # of the GAN: batches per turn of the generator
 
 
 @dataclass
@@ -133,6 +139,10 @@ class Generator:
 
     def __init__(self, case: Case, discriminator: nn.Module, model: nn.Module):
         self.model, self.discriminator = model, discriminator
+        self.average = MovingAverage(model, 0.9)
+
+    def updated(self) -> None:
+        self.average.update(self.model)
 
     def guess(self, batch: Any) -> Tensor:
         return self.discriminator(self.model(batch[1][:, :4]))[:, 0]
@@ -142,6 +152,28 @@ class Generator:
 
     def loss(self, guesses: Tensor, targets: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(guesses, targets)
+
+
+class Actor(actor_critic.Actor):
+    def __init__(self, case: Case):
+        super().__init__(Net(5, 3, case.dtype), clip=0.2, entropy=0.1)
+
+    def guess(self, batch: Any) -> Tensor:
+        return super().guess(batch[1:])
+
+    def targets(self, batch: Any) -> Any:
+        return super().targets(batch[1:])
+
+
+class Critic(actor_critic.Critic):
+    def __init__(self, case: Case):
+        super().__init__(Net(5, 1, case.dtype))
+
+    def guess(self, batch: Any) -> Tensor:
+        return super().guess(batch[1:])
+
+    def targets(self, batch: Any) -> Any:
+        return super().targets(batch[1:])
 
 
 _ONE_GENERATOR = threading.Lock()  # ranks that are threads share torch's
@@ -160,6 +192,8 @@ def _make_objectives(case: Case) -> dict[str, Any]:
         return {"classifier": Convolution(case)}
     if case.task == "tokens":
         return {"tokens": Tokens(case)}
+    if case.task == "actor_critic":
+        return {"actor": Actor(case), "critic": Critic(case)}
     generating = Net(4, 5, case.dtype)
     discriminator = Discriminator(case, generating)
     return {"discriminator": discriminator, "generator": Generator(case, discriminator.model, generating)}
@@ -169,6 +203,12 @@ def make_data(case: Case) -> torch.utils.data.TensorDataset:
     generator = torch.Generator().manual_seed(case.seed + 1)
     n = case.samples
     numbers = torch.arange(n)
+    if case.task == "actor_critic":
+        n = sum(case.counts)
+        inputs = torch.randn(n, 5, generator=generator, dtype=case.dtype)
+        actions = torch.randint(3, (n,), generator=generator)
+        rest = torch.randn(3, n, generator=generator, dtype=case.dtype)  # log probabilities, advantages, returns
+        return torch.utils.data.TensorDataset(torch.arange(n), inputs, actions, rest[0] - 1, rest[1], rest[2])
     if case.task != "tokens":
         inputs = torch.randn(n, 5, generator=generator, dtype=case.dtype)
         return torch.utils.data.TensorDataset(numbers, inputs, torch.randint(3, (n,), generator=generator))
@@ -207,21 +247,37 @@ def trained_by_distloop(transport: Transport, case: Case, plant: Mapping[str, An
     outcome = Outcome()
     objectives = make_objectives(case)
     learners = [_learner(name, o, transport, case, outcome, plant) for name, o in objectives.items()]
-    weighers = {name: o.weight for name, o in objectives.items() if hasattr(o, "weight")}
-    batches = plant.get("batches", Batches)(
-        make_data(case),
-        Plan(case.samples, case.global_batch_size, case.micro_batch_size),
-        seed=case.seed,
-        weighers=weighers,
-        transport=transport,
-    )
+    batches = _batches(transport, case, objectives, plant)
     world = World(transport.rank, transport.size, transport.rank, transport.size)
     watched = Watched(batches, outcome)
-    for _ in train(watched, learners, range(case.epochs), world):
+    for _ in train(watched, Turns(learners, every(case)), range(case.epochs), world):
         pass
     for name, o in objectives.items():
         outcome.parameters |= {f"{name}.{k}": p.detach().clone() for k, p in o.model.named_parameters()}
+        if hasattr(o, "average"):
+            outcome.parameters |= {f"{name}.{k}": p.clone() for k, p in o.average.named_parameters()}
     return outcome
+
+
+def every(case: Case) -> dict[str, int]:
+    return {"generator": case.every} if case.task == "gan" else {}
+
+
+def _batches(transport: Transport, case: Case, objectives: Mapping[str, Any], plant: Mapping[str, Any]) -> Any:
+    weighers = {name: o.weight for name, o in objectives.items() if hasattr(o, "weight")}
+    options = {"seed": case.seed, "weighers": weighers, "transport": transport}
+    data = make_data(case)
+    if case.task != "actor_critic":
+        plan = Plan(case.samples, case.global_batch_size, case.micro_batch_size)
+        return plant.get("batches", Batches)(data, plan, **options)
+    first = sum(case.counts[: transport.rank])
+    own = [t[first : first + case.counts[transport.rank]] for t in data.tensors]
+    return plant.get("uneven", UnevenBatches)(
+        PerRank(torch.utils.data.TensorDataset(*own), passes=2),
+        global_batch_size=case.global_batch_size,
+        micro_batch_size=case.micro_batch_size,
+        **options,
+    )
 
 
 def _learner(
@@ -284,10 +340,12 @@ def trained_plainly(case: Case) -> Outcome:
         "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.01),
     }
     hands = {name: classes[case.rule](list(o.model.parameters())) for name, o in objectives.items()}
-    for epoch, start in itertools.product(range(case.epochs), range(0, case.samples, case.global_batch_size)):
-        order = permutation(case.seed, epoch, case.samples)[start : start + case.global_batch_size]
+    averages = {k: p.detach().clone() for k, p in _generator(objectives)}
+    for step, order in enumerate(global_batches(case)):
         batch = [t[order] for t in data.tensors]
         for name, o in objectives.items():
+            if (step + 1) % every(case).get(name, 1):
+                continue
             for other in objectives.values():
                 other.model.zero_grad()
             loss = o.loss(o.guess(batch), o.targets(batch))
@@ -304,9 +362,30 @@ def trained_plainly(case: Case) -> Outcome:
                 {f"{name}.{k}": p.grad.clone().reshape(-1) for k, p in o.model.named_parameters() if p.grad is not None}
             )
             hands[name].step()
+            if name == "generator":
+                averages = {k: 0.9 * averages[k] + 0.1 * p.detach() for k, p in _generator(objectives)}
     for name, o in objectives.items():
         outcome.parameters |= {f"{name}.{k}": p.detach().clone() for k, p in o.model.named_parameters()}
+    outcome.parameters |= {f"generator.average.{k}": average for k, average in averages.items()}
     return outcome
+
+
+def _generator(objectives: Mapping[str, Any]) -> Sequence[tuple[str, Tensor]]:
+    return list(objectives["generator"].model.named_parameters()) if "generator" in objectives else []
+
+
+def global_batches(case: Case) -> Iterator[Tensor]:
+    """Yield the numbers of the samples of each global batch, in the order of training."""
+    for epoch in range(case.epochs):
+        if case.task != "actor_critic":
+            yield from permutation(case.seed, epoch, case.samples).split(case.global_batch_size)
+            continue
+        for number in range(2):
+            places = []
+            for rank, n in enumerate(case.counts):
+                order = permutation(derive_seed("own", case.seed, rank, number), epoch, n).tolist()
+                places += [((j + 0.5) / n, rank, sum(case.counts[:rank]) + i) for j, i in enumerate(order)]
+            yield from torch.tensor([i for _, _, i in sorted(places)]).split(case.global_batch_size)
 
 
 def trained_plainly_in_parts(case: Case, ranks: int) -> Outcome:

@@ -50,7 +50,8 @@ class Dynamics:
     """The world model learns from what happened: squared errors of change and reward, cross-entropy of the end."""
 
     def __init__(self, model: WorldModel):
-        self.model = model
+        self.model: nn.Module = model
+        self._world = model
 
     def guess(self, batch: Transitions) -> Outcome:
         change, reward, end = self.model(batch.observations)
@@ -58,7 +59,7 @@ class Dynamics:
         return change[each, batch.actions], reward[each, batch.actions], end[each, batch.actions]
 
     def targets(self, batch: Transitions) -> Outcome:
-        change = (batch.following - batch.observations) / self.model.scale
+        change = (batch.following - batch.observations) / self._world.scale
         return change, batch.rewards, batch.terminated.float()
 
     def loss(self, guesses: Outcome, targets: Outcome) -> Tensor:
@@ -108,7 +109,7 @@ class Dyna(DQN):
         warm_up: int = 512,
         replay_ratio: float = 64.0,
         capacity: int = 50_000,
-        hidden: int = 128,
+        hidden: int = 256,
         model_hidden: int = 128,
         discount: float = 0.99,
         explore_from: float = 1.0,
