@@ -9,7 +9,11 @@ from typing import Any
 
 from distloop.errors import ConfigError, DistloopError, nearest
 
-TASKS = {"digits": "distloop.tasks.digits:Digits", "byte_lm": "distloop.tasks.byte_lm:ByteLM"}
+TASKS = {
+    "digits": "distloop.tasks.digits:Digits",
+    "byte_lm": "distloop.tasks.byte_lm:ByteLM",
+    "masked_lm": "distloop.tasks.masked_lm:MaskedLM",
+}
 
 
 def import_object(path: str, what: str) -> Any:
