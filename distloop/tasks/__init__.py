@@ -13,6 +13,7 @@ TASKS = {
     "digits": "distloop.tasks.digits:Digits",
     "byte_lm": "distloop.tasks.byte_lm:ByteLM",
     "masked_lm": "distloop.tasks.masked_lm:MaskedLM",
+    "autoencoder": "distloop.tasks.autoencoder:Autoencoder",
 }
 
 
