@@ -14,6 +14,7 @@ TASKS = {
     "byte_lm": "distloop.tasks.byte_lm:ByteLM",
     "masked_lm": "distloop.tasks.masked_lm:MaskedLM",
     "autoencoder": "distloop.tasks.autoencoder:Autoencoder",
+    "contrastive": "distloop.tasks.contrastive:Contrastive",
 }
 
 
