@@ -15,6 +15,7 @@ TASKS = {
     "masked_lm": "distloop.tasks.masked_lm:MaskedLM",
     "autoencoder": "distloop.tasks.autoencoder:Autoencoder",
     "contrastive": "distloop.tasks.contrastive:Contrastive",
+    "modem": "distloop.tasks.modem:Communication",
 }
 
 
