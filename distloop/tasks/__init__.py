@@ -12,10 +12,14 @@ from distloop.errors import ConfigError, DistloopError, nearest
 TASKS = {
     "digits": "distloop.tasks.digits:Digits",
     "byte_lm": "distloop.tasks.byte_lm:ByteLM",
+    "masked_lm": "distloop.tasks.masked_lm:MaskedLM",
+    "autoencoder": "distloop.tasks.autoencoder:Autoencoder",
     "gan": "distloop.tasks.gan:GAN",
+    "contrastive": "distloop.tasks.contrastive:Contrastive",
     "dqn": "distloop.tasks.dqn:DQN",
     "actor_critic": "distloop.tasks.actor_critic:ActorCritic",
     "dyna": "distloop.tasks.dyna:Dyna",
+    "modem": "distloop.tasks.modem:Communication",
 }
 
 

@@ -14,8 +14,8 @@ from torch.utils.data import TensorDataset
 from distloop.data import derive_seed
 from distloop.learner import Objective
 from distloop.site import Site
+from distloop.tasks.checks import check_choice, check_range, check_sizes
 from distloop.tasks.environments import Chances, Episode, Figures, Maker, network, play
-from distloop.tasks.options import check_choice, check_numbers
 from distloop.uneven import PerRank
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # observations, actions, log probabilities, advantages, returns
@@ -119,9 +119,9 @@ class ActorCritic:
         value_weight: float = 0.5,
         evaluation_episodes: int = 20,
     ):
-        check_numbers(episodes=episodes, passes=passes, hidden=hidden, evaluation_episodes=evaluation_episodes)
-        check_numbers(0.0, 1.0, discount=discount, trace=trace, clip=clip)
-        check_numbers(0.0, entropy=entropy, value_weight=value_weight)
+        check_sizes(episodes=episodes, passes=passes, hidden=hidden, evaluation_episodes=evaluation_episodes)
+        check_range(0.0, 1.0, discount=discount, trace=trace, clip=clip)
+        check_range(0.0, entropy=entropy, value_weight=value_weight)
         check_choice("body", body, ("separate", "shared"))
         self._make, self._episodes, self._passes = Maker(environment), episodes, passes
         self._discount, self._trace, self._shared = discount, trace, body == "shared"

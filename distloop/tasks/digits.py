@@ -12,6 +12,7 @@ from distloop.errors import ConfigError
 from distloop.tasks.base import Supervised, accuracy, split
 
 TEST_IMAGES = 360  # a fifth
+FEATURES = 64 * 4 * 4  # of an image, after the convolutions
 
 
 def load_digits() -> tuple[Tensor, Tensor]:
@@ -49,7 +50,7 @@ class Digits(Supervised):
             raise ConfigError(f"task.hidden: {hidden} is too small; it must be at least 1")
         images, labels = load_digits()
         train, test = split(len(labels), TEST_IMAGES)
-        features, inputs = (_convolutions(), 64 * 4 * 4) if model == "cnn" else (nn.Sequential(), 64)
+        features, inputs = (convolutions(), FEATURES) if model == "cnn" else (nn.Sequential(), 64)
         super().__init__(
             nn.Sequential(features, nn.Linear(inputs, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, 10)),
             nn.CrossEntropyLoss(label_smoothing=label_smoothing),
@@ -61,7 +62,8 @@ class Digits(Supervised):
         )
 
 
-def _convolutions() -> nn.Sequential:
+def convolutions() -> nn.Sequential:
+    """Return layers that map images of shape (samples, 64) to features of shape (samples, 1024)."""
     return nn.Sequential(
         nn.Unflatten(1, (1, 8, 8)),
         nn.Conv2d(1, 32, 3, padding=1),

@@ -15,8 +15,8 @@ from distloop.data import derive_seed
 from distloop.learner import Objective
 from distloop.memory import ReplayMemory
 from distloop.site import Site
+from distloop.tasks.checks import check_range, check_sizes
 from distloop.tasks.environments import Chances, Figures, Maker, Stream, network, play
-from distloop.tasks.options import check_numbers
 from distloop.uneven import PerRank
 
 
@@ -138,11 +138,12 @@ class DQN:
         target_every: int = 128,
         evaluation_episodes: int = 20,
     ):
-        check_numbers(environments=environments, steps=steps, warm_up=warm_up, capacity=capacity, hidden=hidden)
-        check_numbers(explore_steps=explore_steps, target_every=target_every, evaluation_episodes=evaluation_episodes)
-        check_numbers(0.0, 1.0, discount=discount, explore_from=explore_from, explore_to=explore_to)
-        check_numbers(0.0, 1.0, priority_exponent=priority_exponent, target_decay=target_decay)
-        check_numbers(0.0, replay_ratio=replay_ratio)
+        check_sizes(environments=environments, steps=steps, warm_up=warm_up, capacity=capacity, hidden=hidden)
+        check_sizes(explore_steps=explore_steps, target_every=target_every, evaluation_episodes=evaluation_episodes)
+        check_range(0.0, 1.0, discount=discount, explore_from=explore_from, explore_to=explore_to)
+        check_range(0.0, 1.0, priority_exponent=priority_exponent)
+        check_range(0.0, 1.0, target_decay=target_decay, below=True)
+        check_range(0.0, replay_ratio=replay_ratio)
         self.make = Maker(environment)
         self._environments, self._steps, self._warm_up, self._ratio = environments, steps, warm_up, replay_ratio
         self._capacity, self._exponent, self._acted = capacity, priority_exponent, 0

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distloop.learner import Objective
+from distloop.tasks.checks import check_sizes
 from distloop.tasks.dqn import DQN, QLearning, Transitions
 from distloop.tasks.environments import network
-from distloop.tasks.options import check_numbers
 from distloop.uneven import PerRank
 
 Outcome = tuple[Tensor, Tensor, Tensor]  # change of the observation in units of its scale, reward, logit of the end
@@ -119,7 +119,7 @@ class Dyna(DQN):
         target_every: int = 1,
         evaluation_episodes: int = 20,
     ):
-        check_numbers(model_hidden=model_hidden)
+        check_sizes(model_hidden=model_hidden)
         super().__init__(
             environment,
             environments,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +12,22 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from distloop.averages import MovingAverage
+from distloop.errors import ConfigError
 from distloop.learner import Objective
 from distloop.losses import discriminator_loss, generator_loss
 from distloop.site import Site
 from distloop.tasks.base import split
+from distloop.tasks.checks import check_choice, check_range, check_sizes
 from distloop.tasks.digits import TEST_IMAGES, Digits, load_digits
-from distloop.tasks.options import check_choice, check_numbers
 from distloop.tasks.sheets import sheet
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Batch = tuple[Tensor, Tensor, Tensor]  # images (n, 64), noise for the discriminator's turn, noise for the generator's
 CLASSES = 10
+GROUPS = 4  # of the group norm
+SHOWN = 8  # samples in a row of the sheet, and rows
 COVERED = 0.02  # a class is covered if at least this part of the samples, a fifth of its due, is of it
 
 
@@ -100,9 +106,10 @@ class GAN:
         average: float = 0.99,
         samples: int = 1000,
     ):
-        check_numbers(noise=noise, discriminator_updates=discriminator_updates, samples=samples)
-        check_numbers(4, width=width)
-        check_numbers(0.0, 0.999999, smoothing=smoothing, average=average)
+        check_sizes(noise=noise, discriminator_updates=discriminator_updates, samples=samples, width=width)
+        check_range(0.0, 1.0, smoothing=smoothing, average=average, below=True)
+        if width % GROUPS:
+            raise ConfigError(f"task.width: {width} must be divisible by {GROUPS}, the groups of the group norm")
         check_choice("loss", loss, ("non_saturating", "minimax"))
         images, _ = load_digits()
         self._images, self._noise = images[split(len(images), TEST_IMAGES)[0]], noise
@@ -115,6 +122,7 @@ class GAN:
         self.turns = {"generator": discriminator_updates}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
+            self._shown = torch.randn(SHOWN**2, noise)
             self.validation = TensorDataset(torch.randn(samples, noise))
             self._judge = judge()
 
@@ -152,12 +160,13 @@ class GAN:
             "classes": float(sum(means[f"share/{label}"] >= COVERED for label in range(CLASSES))),
         }
 
-    def pictures(self) -> Mapping[str, Callable[[Any], None]]:
-        """Return a sheet of samples."""
-        made = self._generator.best()(
-            self.validation.tensors[0][:64].to(next(self._generator.model.parameters()).device)
-        )
-        return {"samples": lambda figure: sheet(figure, made.view(8, 8, 8, 8))}
+    def pictures(self) -> Mapping[str, Callable[[Figure], None]]:
+        return {"samples": self._draw}
+
+    def _draw(self, figure: Figure) -> None:
+        """Draw samples, always of the same noise."""
+        made = self._generator.best()(self._shown.to(next(self._generator.model.parameters()).device))
+        sheet(figure, made.view(SHOWN, SHOWN, 8, 8))
 
 
 def generator(noise: int, width: int) -> nn.Sequential:
@@ -166,10 +175,10 @@ def generator(noise: int, width: int) -> nn.Sequential:
         nn.Sequential(
             nn.Linear(noise, 2 * width * 4),
             nn.Unflatten(1, (2 * width, 2, 2)),
-            nn.GroupNorm(4, 2 * width),
+            nn.GroupNorm(GROUPS, 2 * width),
             nn.ReLU(),
             nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1),
-            nn.GroupNorm(4, width),
+            nn.GroupNorm(GROUPS, width),
             nn.ReLU(),
             nn.ConvTranspose2d(width, 1, 4, stride=2, padding=1),
             nn.Flatten(),
@@ -186,7 +195,7 @@ def discriminator(width: int) -> nn.Sequential:
             nn.Conv2d(1, width, 4, stride=2, padding=1),
             nn.LeakyReLU(0.2),
             nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
-            nn.GroupNorm(4, 2 * width),
+            nn.GroupNorm(GROUPS, 2 * width),
             nn.LeakyReLU(0.2),
             nn.Flatten(),
             nn.Linear(2 * width * 4, 1),

@@ -1,4 +1,4 @@
-"""A small GPT (Radford et al. 2019): pre-norm transformer decoder with learned positions."""
+"""A small GPT (Radford et al. 2019): pre-norm transformer with learned positions, which looks back, or both ways."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch.nn import functional as F
 
 
 class Block(nn.Module):
-    """Causal self-attention and a feed-forward layer, each added to its input."""
+    """Self-attention, by default causal, and a feed-forward layer, each added to its input."""
 
-    def __init__(self, width: int, heads: int, dropout: float):
+    def __init__(self, width: int, heads: int, dropout: float, causal: bool = True):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.dropout, self.causal = heads, dropout, causal
         self.norm_attention, self.norm_forward = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width)
         self.project = nn.Linear(width, width)
@@ -23,27 +23,37 @@ class Block(nn.Module):
         heads = (batch, length, 3, self.heads, width // self.heads)
         q, k, v = self.query_key_value(self.norm_attention(x)).view(heads).permute(2, 0, 3, 1, 4)
         rate = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=True)
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=self.causal)
         x = x + self.project(attended.transpose(1, 2).reshape(batch, length, width))
         return x + F.dropout(self.forward_layer(self.norm_forward(x)), self.dropout, self.training)
 
 
 class GPT(nn.Module):
-    """Predict the next token.
+    """Predict the next token; or, where it is not causal, a token from those on both sides (Devlin et al. 2019).
 
     Args:
         vocabulary: number of tokens that may be read.
         outputs: number of tokens that may be predicted.
         context: most tokens of a sequence.
         width, layers, heads: of the transformer; ``heads`` divides ``width``.
+        causal: whether a position sees only itself and those before it.
     """
 
     def __init__(
-        self, *, vocabulary: int, outputs: int, context: int, width: int, layers: int, heads: int, dropout: float = 0.0
+        self,
+        *,
+        vocabulary: int,
+        outputs: int,
+        context: int,
+        width: int,
+        layers: int,
+        heads: int,
+        dropout: float = 0.0,
+        causal: bool = True,
     ):
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(Block(width, heads, dropout) for _ in range(layers)))
+        self.blocks = nn.Sequential(*(Block(width, heads, dropout, causal) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, outputs, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
