@@ -99,7 +99,7 @@ class ReplayMemory:
         if self._priorities is not None:
             raised = priorities.detach().double().cpu().clamp(min=1e-12) ** self.exponent
             self._largest = max(self._largest, float(raised.max()))
-            self._priorities.put(places, raised)
+            self._priorities.put(places.cpu(), raised)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return everything that decides what is drawn from now on, as tensors by name."""

@@ -40,6 +40,7 @@ class Result:
     best_metric: str | None = None
     best: float | None = None
     best_step: int | None = None
+    kept_step: int = 0  # after which the model that was kept was saved
     skipped: int = 0
     exit_code: int = 0
 

@@ -223,6 +223,7 @@ class Session:
             best_metric=self._watched[0] if self._watched else None,
             best=self._best[0] if self._best else None,
             best_step=self._best[1] if self._best else None,
+            kept_step=self._best[1] if self._best and keeps_best else self.step,
             skipped=max(learner.skipped for learner in self.learners),
             exit_code={Stop.INTERRUPTED: INTERRUPTED, Stop.TERMINATED: TERMINATED}.get(stopped, 0),
         )
@@ -269,6 +270,8 @@ LOWER_IS_BETTER_ABBREVIATED = {
     "fid",
     "eer",
     "ece",
+    "ber",
+    "bler",
 }
 
 

@@ -100,7 +100,7 @@ def test_every_epoch_has_masks_of_its_own_and_every_rank_the_same(text: str) -> 
     for epoch in (0, 1):
         assert all(torch.equal(a, b) for a, b in zip(seen[0][epoch], seen[1][epoch], strict=True))
     assert not torch.equal(seen[0][0][1], seen[0][1][1])
-    first, again = (task.evaluate(task.validation.__getitems__([0, 1]))["unigram_bits"] for _ in range(2))
+    first, again = (task.evaluate(task.validation.__getitems__([0, 1]))["unigram/bits_per_byte"] for _ in range(2))
     assert float(first[0]) == float(again[0]) and first[1] == again[1], "masks of the evaluation stay"
 
 
@@ -132,7 +132,7 @@ def test_unigram_bits_by_hand(text: str) -> None:
     task = masked_lm(text)
     targets = torch.full((1, 16), UNCHOSEN)
     targets[0, 3], targets[0, 8] = ord("t"), ord("s")
-    total, count = task.evaluate((torch.full((1, 16), MASK), targets))["unigram_bits"]
+    total, count = task.evaluate((torch.full((1, 16), MASK), targets))["unigram/bits_per_byte"]
     counts = {letter: bytes(task.text.tolist()).count(letter) for letter in b"ts"}
     expected = -sum(math.log2((seen + 1) / (len(task.text) + 256)) for seen in counts.values())
     assert (float(total), count) == (pytest.approx(expected), 2.0)
@@ -148,7 +148,7 @@ def test_pca_is_that_of_scikit_learn() -> None:
     train, test = (data.tensors[0].double().numpy() for data in (task.train, task.validation))
     pca = PCA(5, svd_solver="full").fit(train)
     expected = ((pca.inverse_transform(pca.transform(test)) - test) ** 2).mean()
-    sums = [task.evaluate(part)["pca_loss"] for part in zip(task.validation.tensors[0].split(100), strict=True)]
+    sums = [task.evaluate(part)["pca/loss"] for part in zip(task.validation.tensors[0].split(100), strict=True)]
     assert float(sum(s for s, _ in sums)) / sum(c for _, c in sums) == pytest.approx(expected, rel=1e-4)
 
 
@@ -205,7 +205,7 @@ def test_the_nearest_neighbour_decides() -> None:
     sums = task.evaluate((images, answers))
     assert {name: float(right) / count for name, (right, count) in sums.items()} == {
         "neighbour_accuracy": 0.8,
-        "pixel_accuracy": 0.8,
+        "pixels/neighbour_accuracy": 0.8,
     }
 
 
@@ -290,7 +290,7 @@ def test_a_modem_is_compared_on_the_same_noise_and_keeps_its_curves() -> None:
             sums = task.evaluate(task.validation.tensors)
         assert len(sums) == len(GRID) * (1 + len(names)) and {count for _, count in sums.values()} == {3000.0}
         metrics = task.summarise({name: float(total) / count for name, (total, count) in sums.items()})
-        assert list(metrics) == ["gap_db", "bler_4db", f"{task.reference}_bler_4db"]
+        assert list(metrics) == ["gap_db", "bler_4db", f"{task.reference}/bler_4db"]
         assert metrics["gap_db"] > 1.0, "nothing is learned yet"
         assert [db for db, _ in task.curves["learned"]] == GRID
         messages, noise = task.validation.tensors
@@ -356,9 +356,9 @@ def learned(task: Any, folder: Path, steps: int, kind: str, lr: float = 2e-3) ->
 
 def test_each_of_them_learns(text: str, tmp_path: Path) -> None:
     found = learned(masked_lm(text, width=64), tmp_path, 150, "masked_lm", lr=1e-2)
-    assert found["bits_per_byte"] < 0.5 * found["unigram_bits"]
+    assert found["bits_per_byte"] < 0.5 * found["unigram/bits_per_byte"]
     found = learned(Autoencoder(), tmp_path, 400, "autoencoder")
-    assert found["loss"] < 0.9 * found["pca_loss"]
+    assert found["loss"] < 0.9 * found["pca/loss"]
     found = learned(Contrastive(hidden=32, samples=1280), tmp_path, 40, "contrastive")
     assert found["neighbour_accuracy"] > 0.85
     found = learned(Communication(validation_blocks=20_000, blocks=20_480), tmp_path, 200, "modem")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,7 +69,8 @@ class Fed:
                 data,
                 global_batch_size=sizes.global_batch_size,
                 micro_batch_size=sizes.micro_batch_size,
-                **self._options(),
+                # What a rank has just collected is in its own memory; a worker would draw from a copy of that.
+                **self._options() | {"loading": replace(make_loading(self._config), workers=0)},
             )
         else:
             size = samples_in(data, "collect(epoch)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -33,21 +34,32 @@ class TaskPictures:
         try:
             with self._quietly():
                 for name, draw in self._pictures().items():
-                    self._draw(record, name, draw)
+                    if record.kind == "evaluate":
+                        self._draw(self._of(name, record.step), draw)
+                    else:
+                        self._keep(name, int(record.values["kept_step"]), draw)
         except OSError as failure:
             print(f"distloop: {self._directory}: {failure.strerror}; a picture is missing", file=sys.stderr)
 
-    def _draw(self, record: Record, name: str, draw: Callable[[Any], None]) -> None:
+    def _of(self, name: str, step: int) -> Path:
+        return self._directory / "pictures" / f"{name}-{step:06d}.png"
+
+    def _keep(self, name: str, step: int, draw: Callable[[Any], None]) -> None:
+        """Leave the picture of the model that was kept: the one of its evaluation, if it was evaluated."""
+        path = self._directory / f"{name}.png"
+        if self._of(name, step).exists():
+            shutil.copyfile(self._of(name, step), path)
+        else:
+            self._draw(path, draw)
+
+    def _draw(self, path: Path, draw: Callable[[Any], None]) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         figure = Figure(layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure)
-        path = self._directory / f"{name}.png"
-        if record.kind == "evaluate":
-            path = self._directory / "pictures" / f"{name}-{record.step:06d}.png"
-            path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         figure.savefig(path, dpi=120)
 
 

@@ -56,7 +56,7 @@ class Reconstruct:
 
 
 class Autoencoder:
-    """Compress digits to a few numbers each; ``pca_loss`` is the best that a linear code of that size does.
+    """Compress digits to a few numbers each; ``pca/loss`` is the best that a linear code of that size does.
 
     Args:
         bottleneck: numbers per image; from 1 to 63.
@@ -80,7 +80,7 @@ class Autoencoder:
         objective, images, count = self.objectives["autoencoder"], batch[0], float(len(batch[0]))
         loss = objective.loss(objective.guess(batch), objective.targets(batch))
         linear = F.mse_loss(self.pca(images), images.double())
-        return {"loss": (loss * count, count), "pca_loss": (linear * count, count)}
+        return {"loss": (loss * count, count), "pca/loss": (linear * count, count)}
 
     def pictures(self) -> Mapping[str, Callable[[Figure], None]]:
         return {"reconstructions": self._draw}

@@ -112,7 +112,7 @@ class Contrastive:
         count = float(len(labels))
         return {
             "neighbour_accuracy": ((embedded == labels).sum(), count),
-            "pixel_accuracy": ((plain == labels).sum(), count),
+            "pixels/neighbour_accuracy": ((plain == labels).sum(), count),
         }
 
     def pictures(self) -> Mapping[str, Callable[[Figure], None]]:

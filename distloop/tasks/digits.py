@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from distloop.errors import ConfigError
+from distloop.losses import make_loss, weigher
 from distloop.tasks.base import Supervised, accuracy, split
 
 TEST_IMAGES = 360  # a fifth
@@ -32,7 +34,8 @@ class Digits(Supervised):
         model: ``cnn`` (two convolutions) or ``mlp`` (one hidden layer).
         hidden: units of the hidden layer.
         dropout: part of the hidden units that are dropped in training.
-        label_smoothing: see ``torch.nn.CrossEntropyLoss``.
+        loss: of torch.nn or of :mod:`distloop.losses`, by name, on scores of ten classes.
+        loss_options: its arguments.
     """
 
     def __init__(
@@ -40,7 +43,8 @@ class Digits(Supervised):
         model: Literal["cnn", "mlp"] = "cnn",
         hidden: int = 128,
         dropout: float = 0.0,
-        label_smoothing: float = 0.0,
+        loss: str = "cross_entropy",
+        loss_options: Mapping[str, Any] | None = None,
     ):
         if model not in ("cnn", "mlp"):
             raise ConfigError(f"task.model: {model!r} is neither cnn nor mlp")
@@ -48,16 +52,19 @@ class Digits(Supervised):
             raise ConfigError(f"task.dropout: {dropout} must be at least 0 and below 1")
         if hidden < 1:
             raise ConfigError(f"task.hidden: {hidden} is too small; it must be at least 1")
+        learned = make_loss(loss, loss_options, "task.loss")
+        weighted = {"weight", "alpha", "ignore_index"} & {*(loss_options or ())}  # not a plain mean over samples
         images, labels = load_digits()
         train, test = split(len(labels), TEST_IMAGES)
         features, inputs = (convolutions(), FEATURES) if model == "cnn" else (nn.Sequential(), 64)
         super().__init__(
             nn.Sequential(features, nn.Linear(inputs, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, 10)),
-            nn.CrossEntropyLoss(label_smoothing=label_smoothing),
+            learned,
             TensorDataset(images[train], labels[train]),
             TensorDataset(images[test], labels[test]),
             metrics={"accuracy": accuracy},
-            evaluation_loss=nn.CrossEntropyLoss(),
+            weight=weigher(learned) if weighted else None,
+            evaluation_loss=None if weighted else nn.CrossEntropyLoss(),
             name="classifier",
         )
 

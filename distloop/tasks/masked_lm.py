@@ -155,7 +155,7 @@ class MaskedLM:
         scores = objective.guess(batch)[targets != UNCHOSEN]
         return {
             "bits_per_byte": (F.cross_entropy(scores, chosen, reduction="sum") / math.log(2.0), count),
-            "unigram_bits": (self.unigram_bits.to(chosen.device)[chosen].sum(), count),
+            "unigram/bits_per_byte": (self.unigram_bits.to(chosen.device)[chosen].sum(), count),
         }
 
 

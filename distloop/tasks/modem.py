@@ -156,7 +156,7 @@ class Communication:
         return {
             "gap_db": gap,
             f"bler_{at}db": metrics[f"learned@{at}"],
-            f"{self.reference}_bler_{at}db": metrics[f"{self.reference}@{at}"],
+            f"{self.reference}/bler_{at}db": metrics[f"{self.reference}@{at}"],
         }
 
     def pictures(self) -> Mapping[str, Callable[[Figure], None]]:
