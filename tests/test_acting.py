@@ -357,7 +357,7 @@ def run(transport: Transport, folder: str, kind: str, sections: dict[str, Any]) 
     result = session.run()
     lines = (result.directory / "metrics.jsonl").read_text().splitlines()
     modules = [m for learner in session.learners for m in vars(learner.objective).values() if isinstance(m, nn.Module)]
-    total = sum(float(t.double().abs().sum()) for m in modules for t in (*m.parameters(), *m.buffers()))
+    total = sum(float(t.detach().double().abs().sum()) for m in modules for t in (*m.parameters(), *m.buffers()))
     return [json.loads(line) for line in lines], total
 
 
