@@ -72,7 +72,7 @@ class Session:
         observers: Sequence[Observer] = (),
         progress: Callable[[int], None] | None = None,
     ):
-        self.task, self.turns, self.learners, self.world, self.transport = task, turns, list(turns[:]), world, transport
+        self.task, self.turns, self.learners, self.world, self.transport = task, turns, turns.learners, world, transport
         self.limits, self.monitor, self.directory = limits, monitor, directory
         self._agreement, self._ledger, self._evaluation = agreement, ledger, evaluation
         self._facts, self._observers, self._progress = facts, list(observers), progress

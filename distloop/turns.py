@@ -10,7 +10,7 @@ from distloop.learner import Learner
 
 
 class Turns(Sequence[Learner]):
-    """Learners for the loop, which iterates over them once per global batch.
+    """Learners for the loop: to iterate over them is to begin a global batch. All of them are in ``learners``.
 
     Args:
         learners: in the order of their turns.
@@ -22,8 +22,8 @@ class Turns(Sequence[Learner]):
     """
 
     def __init__(self, learners: Sequence[Learner], every: Mapping[str, int] | None = None):
-        self._learners = list(learners)
-        names = [learner.name for learner in self._learners]
+        self.learners = list(learners)
+        names = [learner.name for learner in self.learners]
         for name, batches in (every or {}).items():
             if name not in names:
                 raise ConfigError(f"task.turns: there is no learner {name!r}{nearest(name, names)}")
@@ -33,12 +33,12 @@ class Turns(Sequence[Learner]):
         if min(self.every.values()) > 1:
             raise ConfigError(f"task.turns: some learner must take a turn on every batch, not {self.every}")
         self.batches = 0  # begun so far
-        self._taking = self._learners
+        self._taking = self.learners
 
     def __iter__(self) -> Iterator[Learner]:
         """Begin a global batch: yield those whose turn it is."""
         self.batches += 1
-        self._taking = [learner for learner in self._learners if self.batches % self.every[learner.name] == 0]
+        self._taking = [learner for learner in self.learners if self.batches % self.every[learner.name] == 0]
         return iter(self._taking)
 
     @property
@@ -47,11 +47,11 @@ class Turns(Sequence[Learner]):
         return self._taking[-1]
 
     def __len__(self) -> int:
-        return len(self._learners)
+        return len(self.learners)
 
     @overload
     def __getitem__(self, index: int) -> Learner: ...
     @overload
     def __getitem__(self, index: slice) -> list[Learner]: ...
     def __getitem__(self, index: int | slice) -> Learner | list[Learner]:
-        return self._learners[index]
+        return self.learners[index]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Batch = tuple[Tensor, Tensor, Tensor]  # images (n, 64), noise for the discriminator's turn, noise for the generator's
+Sums = dict[str, tuple[Tensor, float]]
 CLASSES = 10
 GROUPS = 4  # of the group norm
 SHOWN = 8  # samples in a row of the sheet, and rows
@@ -84,7 +85,8 @@ class GAN:
     A classifier that has learned the real digits judges the samples: ``confidence``, the mean of its largest
     probability; ``classes``, how many of the ten are at least 2 % of the samples; and ``score``, exp of the mean KL
     divergence between its answer to a sample and its mean answer (the inception score of Salimans et al. 2016, section
-    4, with this classifier): 10 if every sample is beyond doubt and all classes are equally many, 1 at worst.
+    4, with this classifier): 10 if every sample is beyond doubt and all classes are equally many, 1 at worst. What it
+    says of real images that it has not seen stands beside, as ``real/score`` and ``real/confidence``.
 
     Args:
         noise: numbers that an image is made of.
@@ -112,7 +114,8 @@ class GAN:
             raise ConfigError(f"task.width: {width} must be divisible by {GROUPS}, the groups of the group norm")
         check_choice("loss", loss, ("non_saturating", "minimax"))
         images, _ = load_digits()
-        self._images, self._noise = images[split(len(images), TEST_IMAGES)[0]], noise
+        train, test = split(len(images), TEST_IMAGES)
+        self._images, self._noise = images[train], noise
         made, told = generator(noise, width), discriminator(width)
         self._generator = Generator(made, told, loss, average)
         self.objectives: Mapping[str, Objective] = {
@@ -125,6 +128,8 @@ class GAN:
             self._shown = torch.randn(SHOWN**2, noise)
             self.validation = TensorDataset(torch.randn(samples, noise))
             self._judge = judge()
+        sums = judged(self._judge(images[test]))
+        self._real = {f"real/{name}": value for name, value in verdict(means(sums)).items() if name != "classes"}
 
     def join(self, site: Site) -> None:
         self._judge.to(site.device)
@@ -136,29 +141,13 @@ class GAN:
         noise = torch.randn(2, len(self._images), self._noise)
         return TensorDataset(self._images, *noise)
 
-    def evaluate(self, batch: tuple[Tensor]) -> dict[str, tuple[Tensor | float, float]]:
-        """Return what :meth:`summarise` needs: the judge's mean confidence, answer and negative entropy."""
-        answers = self._judge(self._generator.best()(batch[0])).float().softmax(-1)
-        count = float(len(answers))
-        found: dict[str, tuple[Tensor | float, float]] = {
-            "confidence": (answers.amax(-1).sum(), count),
-            "negative_entropy": (torch.xlogy(answers, answers).sum(), count),
-        }
-        chosen = answers.argmax(-1)
-        for label in range(CLASSES):
-            found[f"answer/{label}"] = answers[:, label].sum(), count
-            found[f"share/{label}"] = (chosen == label).sum(), count
-        return found
+    def evaluate(self, batch: tuple[Tensor]) -> Sums:
+        """Return what :meth:`summarise` needs of samples made of noise."""
+        return judged(self._judge(self._generator.best()(batch[0])))
 
-    def summarise(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Return score, confidence and the number of covered classes."""
-        answer = [means[f"answer/{label}"] for label in range(CLASSES)]
-        entropy = -sum(p * math.log(p) for p in answer if p > 0)
-        return {
-            "score": math.exp(means["negative_entropy"] + entropy),
-            "confidence": means["confidence"],
-            "classes": float(sum(means[f"share/{label}"] >= COVERED for label in range(CLASSES))),
-        }
+    def summarise(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Return score, confidence and the number of covered classes, and the former two of real images."""
+        return verdict(metrics) | self._real
 
     def pictures(self) -> Mapping[str, Callable[[Figure], None]]:
         return {"samples": self._draw}
@@ -167,6 +156,36 @@ class GAN:
         """Draw samples, always of the same noise."""
         made = self._generator.best()(self._shown.to(next(self._generator.model.parameters()).device))
         sheet(figure, made.view(SHOWN, SHOWN, 8, 8))
+
+
+def judged(scores: Tensor) -> Sums:
+    """Return sums over images of confidence, negative entropy, and each class's part, from scores (n, 10)."""
+    answers, count = scores.float().softmax(-1), float(len(scores))
+    found: Sums = {
+        "confidence": (answers.amax(-1).sum(), count),
+        "negative_entropy": (torch.xlogy(answers, answers).sum(), count),
+    }
+    chosen = answers.argmax(-1)
+    for label in range(CLASSES):
+        found[f"answer/{label}"] = answers[:, label].sum(), count
+        found[f"share/{label}"] = (chosen == label).sum(), count
+    return found
+
+
+def means(sums: Sums) -> dict[str, float]:
+    """Return each sum over its count."""
+    return {name: float(total) / count for name, (total, count) in sums.items()}
+
+
+def verdict(means: Mapping[str, float]) -> dict[str, float]:
+    """Return score, confidence and the number of covered classes from the means of :func:`judged`."""
+    answer = [means[f"answer/{label}"] for label in range(CLASSES)]
+    entropy = -sum(p * math.log(p) for p in answer if p > 0)
+    return {
+        "score": math.exp(means["negative_entropy"] + entropy),
+        "confidence": means["confidence"],
+        "classes": float(sum(means[f"share/{label}"] >= COVERED for label in range(CLASSES))),
+    }
 
 
 def generator(noise: int, width: int) -> nn.Sequential:
