@@ -17,14 +17,15 @@ from distloop.transports import Transport
 
 
 def model_state(models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Return parameters and buffers by name; names start with the objective's where there are several."""
-    state = {f"{name}.{key}": value for name, model in models.items() for key, value in model.state_dict().items()}
+    """Return parameters and buffers by name; names start with the model's where there are several."""
+    prefixes = {name: f"{name}." if len(models) > 1 else "" for name in models}
+    state = {prefixes[name] + key: value for name, model in models.items() for key, value in model.state_dict().items()}
     for key, value in state.items():
         if not isinstance(value, Tensor):
             raise ConfigError(
                 f"state_dict entry {key!r} is a {type(value).__name__}: a model's file holds tensors alone"
             )
-    return state if len(models) > 1 else {key.partition(".")[2]: value for key, value in state.items()}
+    return state
 
 
 def save_model(path: Path, models: Mapping[str, nn.Module]) -> None:

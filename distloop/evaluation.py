@@ -99,7 +99,15 @@ class Evaluation:
 
     def _summary(self, means: dict[str, float]) -> dict[str, float]:
         summarise = getattr(self._task, "summarise", None)
-        return means if summarise is None else dict(summarise(means))
+        if summarise is None:
+            return means
+        summary = summarise(means)
+        if not isinstance(summary, Mapping):
+            raise ConfigError(f"summarise(metrics) returned a {type(summary).__name__}; it must be a mapping")
+        for name, value in summary.items():
+            if not isinstance(value, int | float):
+                raise ConfigError(f"summarise(metrics): metric {name!r} must be a number, not a {type(value).__name__}")
+        return {name: float(value) for name, value in summary.items()}
 
     def _objects(self) -> dict[str, Any]:
         """Return the task's torchmetrics objects."""

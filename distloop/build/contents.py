@@ -12,11 +12,11 @@ from torch.utils.data import Subset, TensorDataset
 from distloop.errors import DataError
 
 
-def samples_in(data: Any, what: str) -> int:
+def samples_in(data: Any, what: str, *, empty: bool = False) -> int:
     """Return the number of samples of a map-style data set.
 
     Raises:
-        DataError: it has none, or no length.
+        DataError: it has no length, or, unless it may be ``empty``, no sample.
     """
     try:
         size = len(data)
@@ -24,7 +24,7 @@ def samples_in(data: Any, what: str) -> int:
         raise DataError(
             f"{what}: a {type(data).__name__} has no length; a map-style data set is needed (__len__ and __getitem__)"
         ) from None
-    if size == 0:
+    if size == 0 and not empty:
         raise DataError(f"{what}: the data set is empty")
     return size
 

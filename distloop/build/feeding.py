@@ -14,6 +14,7 @@ from distloop.build.contents import fingerprint, samples_in
 from distloop.build.place import Place
 from distloop.config import Config
 from distloop.data import Batches, Plan, derive_seed
+from distloop.errors import ConfigError
 from distloop.evaluation import as_pair, totals
 from distloop.loading import Loading
 from distloop.messages import agree_on
@@ -35,6 +36,7 @@ class Fed:
         self._data: Any = None
         self._size: int | None = None
         self._fed: Any = None
+        self._kind: str | None = None
         self._seconds = 0.0
 
     def collect(self, epoch: int) -> Any:
@@ -56,14 +58,27 @@ class Fed:
     def report(self) -> dict[str, float]:
         """Return what the task tells of its collecting since it was asked last, as means over all ranks."""
         own = self._task.report() if hasattr(self._task, "report") else {}
+        if not isinstance(own, Mapping):
+            raise ConfigError(f"report() returned a {type(own).__name__}; it must be a mapping of pairs (sum, count)")
         sums = {name: as_pair("report()", name, pair) for name, pair in own.items()}
         means = totals(self._place.transport, sums)
         return {name: mean for name, mean in means.items() if not math.isnan(mean)}  # nothing since the last report
 
     def _enter(self, data: Any) -> None:
+        own = isinstance(data, PerRank)
+        kind = "samples of its own" if own else "batches" if hasattr(data, "extract") else "a data set"
+        if self._kind is None:
+            self._kind = kind
+            agree_on(self._place.transport, {"kind": kind}, "what they collect")
+        elif kind != self._kind:
+            raise ConfigError(
+                f"collect({self._epoch}) returned {kind}, and before it {self._kind}; it must stay one kind"
+            )
         if hasattr(data, "extract"):
             self._fed = data
-        elif isinstance(data, PerRank):
+        elif own:
+            if data.samples is not None:
+                samples_in(data.samples, "PerRank(samples)", empty=True)
             sizes = self._config.data
             self._fed = UnevenBatches(
                 data,

@@ -27,6 +27,7 @@ class TaskPictures:
 
     def __init__(self, pictures: Pictures, directory: Path, quietly: Callable[[], AbstractContextManager[None]]):
         self._pictures, self._directory, self._quietly = pictures, directory, quietly
+        self._failed = False
 
     def __call__(self, record: Record) -> None:
         if record.kind not in ("evaluate", "end"):
@@ -38,8 +39,11 @@ class TaskPictures:
                         self._draw(self._of(name, record.step), draw)
                     else:
                         self._keep(name, int(record.values["kept_step"]), draw)
-        except OSError as failure:
-            print(f"distloop: {self._directory}: {failure.strerror}; a picture is missing", file=sys.stderr)
+        except Exception as failure:  # a mistake in a drawing, as much as a full disk, is no reason to end a training
+            if not self._failed:
+                reason = f"{type(failure).__name__}: {failure}"
+                print(f"distloop: the task's pictures cannot be drawn: {reason}; training goes on", file=sys.stderr)
+            self._failed = True
 
     def _of(self, name: str, step: int) -> Path:
         return self._directory / "pictures" / f"{name}-{step:06d}.png"
