@@ -6,15 +6,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help train test test-fast lint format docs bench gallery clean
+.PHONY: help train test test-fast lint format docs bench kinds gallery clean
 
 help:
 	@echo "make train      train $(CONFIG) on $(RANKS) ranks (CONFIG=..., RANKS=... to change)"
 	@echo "make test       all tests"
 	@echo "make test-fast  the tests that take seconds"
 	@echo "make lint       ruff and mypy"
-	@echo "make docs       docs/configuration.md, again from the schema"
+	@echo "make docs       docs/configuration.md and docs/kinds.md, again from schema, code and figures"
 	@echo "make bench      benchmarks/loop_overhead.py"
+	@echo "make kinds      benchmarks/kinds.py: every kind of learning against its figure"
 	@echo "make gallery    docs/images/gallery.png: optimizers times schedules"
 	@echo "make clean      remove what these commands made (not runs/)"
 
@@ -38,9 +39,13 @@ format: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/configuration.py
+	$(BIN)/python docs/kinds.py
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/loop_overhead.py
+
+kinds: $(VENV)/.dev
+	$(BIN)/python benchmarks/kinds.py
 
 gallery: $(VENV)/.dev
 	$(BIN)/python docs/gallery.py
@@ -54,7 +59,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.train: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "setting up $(VENV) (a minute or so) ..."
-	$(INSTALL) --editable ".[digits,plots,tensorboard]"
+	$(INSTALL) --editable ".[digits,plots,tensorboard,rl]"
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python

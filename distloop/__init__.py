@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distloop.api import fit
+    from distloop.averages import MovingAverage
     from distloop.errors import DistloopError
     from distloop.learner import Learner, Objective
     from distloop.loop import Update, train
+    from distloop.memory import ReplayMemory
     from distloop.records import Record, Result
+    from distloop.site import Site
     from distloop.tasks.base import Supervised, Task, accuracy
+    from distloop.uneven import PerRank
     from distloop.world import World
 
 __version__ = "0.1.0"
@@ -22,6 +26,10 @@ __version__ = "0.1.0"
 _HOME = {
     "fit": "distloop.api",
     "DistloopError": "distloop.errors",
+    "MovingAverage": "distloop.averages",
+    "PerRank": "distloop.uneven",
+    "ReplayMemory": "distloop.memory",
+    "Site": "distloop.site",
     "Learner": "distloop.learner",
     "Objective": "distloop.learner",
     "Update": "distloop.loop",
@@ -37,9 +45,13 @@ _HOME = {
 __all__ = [
     "DistloopError",
     "Learner",
+    "MovingAverage",
     "Objective",
+    "PerRank",
     "Record",
+    "ReplayMemory",
     "Result",
+    "Site",
     "Supervised",
     "Task",
     "Update",

@@ -22,7 +22,7 @@ class TaskSection(BaseModel):
     """What is learned. Keys beside ``name`` are the arguments of the task's constructor."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
-    name: str = Field("digits", description="a supplied task (digits, byte_lm) or my_package.my_module:MyTask")
+    name: str = Field("digits", description="a supplied task (see docs/kinds.md) or my_package.my_module:MyTask")
 
     @property
     def options(self) -> dict[str, Any]:

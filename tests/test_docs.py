@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,14 +50,25 @@ def test_the_examples_on_tasks_run(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DISTLOOP_LOG__PICTURE", "false")
-    _, denoising, own_loop = blocks(ROOT / "docs" / "tasks.md")
+    _, denoising, acting, own_loop = blocks(ROOT / "docs" / "tasks.md")
     names: dict[str, Any] = {}
     exec(denoising, names)
     result = distloop.fit(names["task"], optimizer={"lr": 0.03}, train={"epochs": 5})
     assert result.metrics["loss"] < 1.0
+    acted: dict[str, Any] = {}
+    exec(acting, acted)
+    assert int(acted["bandit"].model(torch.ones(1)).argmax()) == 3, "the arm that pays most"
     capsys.readouterr()
     exec(own_loop, names)
     assert len(capsys.readouterr().out.splitlines()) == 5
+
+
+def test_the_page_on_kinds_is_current() -> None:
+    script = load(ROOT / "docs" / "kinds.py")
+    page = (ROOT / "docs" / "kinds.md").read_text()
+    assert page == script.document(page), "run make docs"
+    for kind in script.KINDS:
+        assert f"`{kind}`" in page and (ROOT / "configs" / f"{kind}.yaml").exists()
 
 
 def test_the_page_on_configuration_is_current() -> None:

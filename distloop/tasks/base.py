@@ -21,13 +21,22 @@ class Task(Protocol):
 
     - ``validation``: a map-style data set, with ``evaluate(batch) -> {metric: (sum, count)}``;
     - ``metrics``: torchmetrics objects by name, which ``evaluate`` updates;
-    - ``collate``: joins a list of samples to a batch (default: torch's).
+    - ``summarise(metrics) -> metrics``: makes those to report of the means over all validation samples;
+    - ``pictures() -> {name: draw(figure)}``: drawn on rank 0 after each evaluation, without a trace in the training;
+    - ``collate``: joins a list of samples to a batch (default: torch's);
+    - ``turns``: by learner, on every how many batches it takes its turn (default: on each);
+    - ``join(site)``: called on every rank with its :class:`distloop.site.Site` before anything is collected;
+    - ``report() -> {figure: (sum, count)}``: what was collected since it was asked last, added up over ranks.
     """
 
     objectives: Mapping[str, Objective]
 
     def collect(self, epoch: int) -> Any:
-        """Return the data of an epoch: a map-style data set (``__len__``, ``__getitem__``), or one with ``extract``."""
+        """Return the data of an epoch.
+
+        A map-style data set (``__len__``, ``__getitem__``) that is the same on all ranks, a
+        :class:`distloop.uneven.PerRank` of what this rank collected for itself, or anything with ``extract``.
+        """
 
 
 class SupervisedObjective:
