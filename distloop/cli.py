@@ -45,7 +45,7 @@ def cli() -> None:
 def train(context: click.Context, target: str, traceback: bool) -> None:
     """Train what TARGET says.
 
-    TARGET is a configuration file, a supplied task (such as digits or gan), or a task of your own as package.module:Class.
+    TARGET is a configuration file, a supplied task (digits, gan, ...), or a task of your own as package.module:Class.
 
     Alone this trains in one process. Under torchrun every rank does its part:
 

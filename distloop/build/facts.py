@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from distloop.build.length import epochs_of
 from distloop.build.method import lr_scale
 from distloop.build.place import Place
 from distloop.config import Config
@@ -37,7 +38,7 @@ def facts(
     }
     if plan is not None:
         lines["batch"] = _batch(plan, world.size)
-    lines["length"] = "until stopped" if steps is None else f"{steps} steps"
+    lines["length"] = _length(steps, epochs_of(config))
     for learner in learners:
         own = learner.name in resolved.learners
         lines[learner.name if own else "optimizer"] = describe_optimizer(
@@ -54,6 +55,12 @@ def facts(
     if steps is not None and 0 < steps <= warm_up:
         lines["note"] = f"the run ends within its warm-up of {warm_up} steps, below the full learning rate"
     return lines | {"results": str(directory)}
+
+
+def _length(steps: int | None, epochs: int | None) -> str:
+    if steps is not None:
+        return f"{steps} steps"
+    return "until stopped" if epochs is None else f"{epochs} epochs, of as many steps as what is collected makes"
 
 
 def _describe(learner: Learner) -> str:
