@@ -3,6 +3,7 @@
     python benchmarks/kinds.py                      # all of them on 2 ranks, about ten minutes
     python benchmarks/kinds.py dqn dyna --ranks 4   # some
     python benchmarks/kinds.py --strategy naive --seed 1
+    python benchmarks/kinds.py --keep FOLDER        # and leave the runs, with their pictures, in FOLDER
 
 Each run is one torchrun of ``distloop train configs/NAME.yaml``; the figure is that of the model that was kept. If
 nothing is asked for, benchmarks/results/kinds.json is written, which docs/kinds.md quotes. Ends with 1 if a figure is
@@ -62,12 +63,13 @@ KINDS: dict[str, list[Must]] = {
 }
 
 
-def run(kind: str, ranks: int, strategy: str, seed: int) -> dict[str, Any]:
+def run(kind: str, ranks: int, strategy: str, seed: int, keep: str | None) -> dict[str, Any]:
     """Train one configuration; return what it came to."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = keep or temporary
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command += ["-m", "distloop", "train", str(ROOT / "configs" / f"{kind}.yaml"), "--world.device", "cpu"]
-        command += ["--log.directory", folder, "--log.name", kind, "--log.picture", "false"]
+        command += ["--log.directory", folder, "--log.name", kind, "--log.picture", str(keep is not None).lower()]
         command += ["--strategy.name", strategy, "--train.seed", str(seed)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         ended = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=LIMIT)
@@ -111,19 +113,22 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--strategy", default="ddp")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", metavar="FOLDER", help="a new folder for the runs (default: they are not kept)")
     chosen = parser.parse_args()
     unknown = [kind for kind in chosen.kinds if kind not in KINDS]
     if unknown:
         parser.error(f"there is no kind {unknown[0]!r}; there are {', '.join(KINDS)}")
+    if chosen.keep and Path(chosen.keep).exists():
+        parser.error(f"--keep {chosen.keep}: is there already")
     results: dict[str, Any] = {"ranks": chosen.ranks, "strategy": chosen.strategy, "seed": chosen.seed, "kinds": []}
     missed = []
     for kind in chosen.kinds or KINDS:
         print(f"{kind} ...", file=sys.stderr, flush=True)
-        result = run(kind, chosen.ranks, chosen.strategy, chosen.seed)
+        result = run(kind, chosen.ranks, chosen.strategy, chosen.seed, chosen.keep)
         results["kinds"].append(result)
         missed += [f"{kind} {must.metric}" for must in KINDS[kind] if not must.reached(result["metrics"])]
     print(table(results))
-    if vars(chosen) == vars(parser.parse_args([])):
+    if (chosen.kinds, chosen.ranks, chosen.strategy, chosen.seed) == ([], 2, "ddp", 0):
         (HERE / "results" / "kinds.json").write_text(json.dumps(results, indent=2) + "\n")
     if missed:
         raise SystemExit(f"missed: {', '.join(missed)}")

@@ -251,7 +251,7 @@ def trained_by_distloop(transport: Transport, case: Case, plant: Mapping[str, An
     batches = _batches(transport, case, objectives, plant)
     world = World(transport.rank, transport.size, transport.rank, transport.size)
     watched = Watched(batches, outcome)
-    for _ in train(watched, Turns(learners, every(case)), range(case.epochs), world):
+    for _ in train(watched, plant.get("turns", Turns)(learners, every(case)), range(case.epochs), world):
         pass
     for name, o in objectives.items():
         outcome.parameters |= {f"{name}.{k}": p.detach().clone() for k, p in o.model.named_parameters()}
@@ -299,7 +299,8 @@ def _learner(
     rule = plant.get("optimizer", optimizers.Optimizer)(
         rules[case.rule], strategy.shards, dict.fromkeys(parameters, 0.01)
     )
-    return Learner(
+    make_learner: type[Learner] = plant.get("learner", Learner)
+    return make_learner(
         name,
         objective,
         strategy,

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from distloop.data import Batches, Minibatch
+from distloop.learner import Learner
 from distloop.optimizer import Optimizer, OptimizerShard
 from distloop.strategies import Options, Parameters, Strategy, make
 from distloop.strategies.all_reduce import BucketedAllReduce
 from distloop.strategies.ddp import DDP
 from distloop.transforms import ClipByNorm, Collected, Stream, Total
 from distloop.transports import Transport
+from distloop.turns import Turns
+from distloop.uneven import UnevenBatches
 from distloop.world import World
 from tests.parity import Case, Outcome, difference, tolerance, trained_by_distloop, trained_plainly
 from tests.ranks import in_processes, in_threads
@@ -79,6 +82,32 @@ class SamplesForTokens(Batches):
         super().__init__(*arguments, **rest)
 
 
+class MeanOfRanks(UnevenBatches):
+    """Weighs ranks equally, whatever they collected."""
+
+    def extract(self, epoch: int, world: World) -> Iterator[Minibatch]:
+        for minibatch in super().extract(epoch, world):
+            for m in minibatch:
+                m.sample_share = m.sample_share and 1.0 / world.size / len(minibatch.micro_batches)
+            yield minibatch
+
+
+class EveryTurn(Turns):
+    """Lets everyone learn on every batch."""
+
+    def __init__(self, learners: Any, every: Any = None):
+        super().__init__(learners)
+
+
+class FollowsWithSamples(Learner):
+    """Tells the objective of an update only where its rank had samples in it."""
+
+    def collected(self) -> Iterator[Any]:
+        busy = any(share for share, _ in self.losses)
+        self._updated = getattr(self.objective, "updated", None) if busy else None
+        return super().collected()
+
+
 class DropsTail(Batches):
     """Leaves the smaller last batch out."""
 
@@ -100,12 +129,29 @@ CASE = Case(samples=23, global_batch_size=8, micro_batch_size=2, clip_norm=0.1)
         (replace(CASE, dtype=torch.float32), {"optimizer": ForgetsTheDivision}),
         (CASE, {"batches": MeanOfMeans}),
         (replace(CASE, task="tokens"), {"batches": SamplesForTokens}),
+        (replace(CASE, task="actor_critic", counts=(1, 7, 0)), {"uneven": MeanOfRanks}),
+        (replace(CASE, task="gan", samples=2, global_batch_size=2, epochs=4), {"learner": FollowsWithSamples}),
     ],
-    ids=["mean for sum", "a rank forgotten", "local norm", "no division", "wrong tail weight", "samples for tokens"],
+    ids=[
+        "mean for sum",
+        "a rank forgotten",
+        "local norm",
+        "no division",
+        "wrong tail weight",
+        "samples for tokens",
+        "mean of ranks",
+        "average of ranks with samples",
+    ],
 )
 def test_a_planted_bug_is_seen(case: Case, plant: dict[str, Any]) -> None:
     assert off(case, in_threads(3, trained_by_distloop, case)) <= tolerance(case)
     assert off(case, in_threads(3, trained_by_distloop, case, plant)) > 1e-3
+
+
+def test_a_turn_too_many_is_seen() -> None:
+    case = replace(CASE, task="gan", every=2)
+    with pytest.raises(AssertionError, match=r"\(12, 9\)"):
+        off(case, in_threads(2, trained_by_distloop, case, {"turns": EveryTurn}))
 
 
 def test_a_dropped_tail_is_seen() -> None:
