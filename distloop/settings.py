@@ -157,7 +157,8 @@ def check_key(dotted: str, source: str) -> tuple[str, str]:
         raise ConfigError(f"{source}: {section}: is a section; give one of its keys, as in {section}.{_first(section)}")
     if section == LEARNERS:
         if "." in key:
-            check_key(learner_key(dotted, source)[1], source)
+            name, inner = learner_key(dotted, source)
+            check_key(inner, f"{source}: {LEARNERS}.{name}")
     elif section != "task" and key not in _keys(section):
         raise ConfigError(f"{source}: {dotted}: unknown key {key!r}{nearest(key, _keys(section))}")
     return section, key

@@ -149,6 +149,17 @@ MISTAKES = [
         "task.path: nowhere: there is no such file",
     ),
     ("tests.user_tasks:NaNOnTheLastRank", [], 13, "the loss became nan at step 1, learner 'model', on rank 0"),
+    ("tests.user_tasks:SharedBody", [], 2, "objectives 'actor' and 'critic' share parameters"),
+    ("dqn", ["--task.environment", "Pendulum-v1"], 2, "takes Box actions"),
+    ("dyna", ["--task.environment", "CartPol-v1"], 2, "CartPol"),
+    ("gan", ["--learners.generater.optimizer.lr", "1"], 2, "has no learner 'generater' (did you mean 'generator'?)"),
+    ("gan", ["--learners.generator.optimizer.rl", "1"], 2, "learners.generator: optimizer.rl: unknown key 'rl'"),
+    ("gan", ["--learners.generator.data.workers", "1"], 2, "a learner has no section 'data'"),
+    ("gan", ["--learners.generator.optimizer.name", "nodam"], 2, "unknown name 'nodam'"),
+    (DIGITS, ["--task.loss", "focl"], 2, "task.loss: unknown loss 'focl' (did you mean 'focal'?)"),
+    (DIGITS, ["--task.loss", "focal", "--task.loss_options", "{gama: 2}"], 2, "focal takes no 'gama'"),
+    (DIGITS, ["--task.loss", "mse_loss"], 2, "tensors of one shape are needed"),
+    ("tests.user_tasks:NothingCollected", [], 4, "no rank collected anything in epoch 1"),
 ]
 
 
@@ -181,6 +192,9 @@ IN_COMPANY = [
     ("tests.user_tasks:OtherLength", "naive", {12}, "number of samples is 20 on rank 0 and 21 on rank 1"),
     ("tests.user_tasks:CorruptSample", "naive", {4, 10}, "reading sample 7 failed"),
     ("tests.user_tasks:NaNOnTheLastRank", "ddp", {13}, "learner 'model', on rank 1"),
+    ("tests.user_tasks:SharedBody", "ddp", {2}, "objectives 'actor' and 'critic' share parameters"),
+    ("tests.user_tasks:NothingCollected", "naive", {4}, "no rank collected anything in epoch 1"),
+    ("tests.user_tasks:PerRankOnOneRank", "naive", {12}, "ranks differ in what they collect"),
     ("tests.user_tasks:KilledRank", "ddp", {10, -9}, "another rank ended"),
     ("tests.user_tasks:KilledRank", "naive", {10, -9}, "another rank ended"),
 ]

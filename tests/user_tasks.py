@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 import distloop
+from distloop.tasks.base import SupervisedObjective
 
 RANK = int(os.environ.get("RANK", "0"))
 DATA = TensorDataset(torch.arange(80.0).view(20, 4) / 80, torch.arange(20) % 2)
@@ -170,6 +171,31 @@ class Dies(nn.Linear):
 
 def KilledRank() -> distloop.Supervised:
     return with_model(Dies(4, 2))
+
+
+class SharedBody(distloop.Supervised):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 2), nn.CrossEntropyLoss(), DATA)
+        body, loss = nn.Linear(4, 4), nn.CrossEntropyLoss()
+        models = {name: nn.Sequential(body, nn.Linear(4, 2)) for name in ("actor", "critic")}
+        self.objectives = {name: SupervisedObjective(model, loss) for name, model in models.items()}
+
+
+class Collecting(distloop.Supervised):
+    def __init__(self, collected: Any):
+        super().__init__(nn.Linear(4, 2), nn.CrossEntropyLoss(), DATA)
+        self.collected = collected
+
+    def collect(self, epoch: int) -> Any:
+        return self.collected
+
+
+def NothingCollected() -> Collecting:
+    return Collecting(distloop.PerRank(None))
+
+
+def PerRankOnOneRank() -> Collecting:
+    return Collecting(distloop.PerRank(DATA) if RANK else DATA)
 
 
 class NoCollect:
