@@ -48,7 +48,9 @@ class Must:
     def words(self, metrics: Mapping[str, float]) -> str:
         """Return the bound as people write it."""
         text = f"{'at least' if self.higher else 'at most'} {self.of(metrics):.4g}"
-        return text if not isinstance(self.bound, str) else f"{text} ({self.factor:g} x {self.bound})"
+        if not isinstance(self.bound, str):
+            return text
+        return f"{text} ({'' if self.factor == 1.0 else f'{self.factor:g} x '}{self.bound})"
 
 
 KINDS: dict[str, list[Must]] = {
