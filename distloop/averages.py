@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class MovingAverage(nn.Module):
-    """An exponential moving average of a model's parameters; buffers are copied.
+    """An exponential moving average of a model's parameters, always in evaluation mode; buffers are copied.
 
     ``average = decay * average + (1 - decay) * model`` at each :meth:`update` (Polyak and Juditsky 1992 in spirit; as a
     target network Lillicrap et al. 2016, algorithm 1, with tau = 1 - decay; with ``decay`` 0 a plain copy). It is
@@ -26,7 +26,11 @@ class MovingAverage(nn.Module):
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay {decay} must be at least 0 and below 1")
         self.decay = decay
-        self.average = copy.deepcopy(model).requires_grad_(False)
+        self.average = copy.deepcopy(model).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> MovingAverage:
+        """Stay in evaluation mode: dropout and batch statistics are for what is trained."""
+        return super().train(False)
 
     def forward(self, *inputs: Any) -> Any:
         return self.average(*inputs)

@@ -252,6 +252,10 @@ class Batches(Assembly):
         super().__init__(samples, **options)
         self.plan = plan
 
+    def first(self, samples: int) -> Any:
+        """Return a batch of at most so many samples, the first ones."""
+        return self._to_device(self._fetch(torch.arange(min(samples, self.plan.samples))))
+
     def cuts(self, epoch: int, world: World) -> Iterator[Cut]:
         plan = self.plan
         order = permutation(self.seed, epoch, plan.samples) if self.shuffle else torch.arange(plan.samples)

@@ -17,6 +17,8 @@ from distloop.messages import gather_json, gather_uneven
 from distloop.transports import Alone, Transport
 from distloop.world import World
 
+LOOKED_AT = 8  # samples, to know the metrics' names and to find mistakes before the training
+
 Sums = Mapping[str, tuple[Tensor | float, Tensor | float]]
 
 
@@ -82,14 +84,15 @@ class Evaluation:
         return agreed
 
     def names(self) -> list[str]:
-        """Return the metrics' names, as a first batch shows them."""
-        first = next(self._batches.extract(0, World())).micro_batches[0]
+        """Return the metrics' names, as a few samples show them."""
         sums: dict[str, Tensor] = {}
         with evaluating(self._models):
-            self._add(first.batch, sums)
+            self._add(self._batches.first(LOOKED_AT), sums)
+            if hasattr(self._task, "summarise"):
+                return list(self._summary(totals(Alone(), sums) | self._stateful()))
         for metric in self._objects().values():
             metric.reset()
-        return [*self._summary(totals(Alone(), sums)), *self._objects()]
+        return [*sums, *self._objects()]
 
     def _add(self, batch: Any, sums: dict[str, Tensor]) -> None:
         with self._precision():
@@ -105,7 +108,8 @@ class Evaluation:
         if not isinstance(summary, Mapping):
             raise ConfigError(f"summarise(metrics) returned a {type(summary).__name__}; it must be a mapping")
         for name, value in summary.items():
-            if not isinstance(value, int | float):
+            number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+            if not isinstance(name, str) or not number:
                 raise ConfigError(f"summarise(metrics): metric {name!r} must be a number, not a {type(value).__name__}")
         return {name: float(value) for name, value in summary.items()}
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from distloop.averages import MovingAverage
 from distloop.data import MicroBatch
 from distloop.errors import ConfigError
 from distloop.first_step import FirstStepCheck
@@ -62,6 +63,20 @@ def trained_parameters(name: str, model: nn.Module) -> Parameters:
             f"objective {name!r}: its model {type(model).__name__} has no parameter that requires a gradient"
         )
     return trained
+
+
+def held_modules(objective: Objective) -> dict[str, nn.Module]:
+    """Return the modules that an objective holds besides its model, by attribute: a teacher, a target network."""
+    slots = (name for kind in type(objective).__mro__ for name in getattr(kind, "__slots__", ()))
+    held: dict[str, Any] = {name: getattr(objective, name, None) for name in slots} | dict(
+        getattr(objective, "__dict__", {})
+    )
+    if isinstance(objective, nn.Module):
+        held |= dict(objective.named_children())
+    for name, value in list(held.items()):
+        if isinstance(value, list | tuple):
+            held |= {f"{name}.{i}": item for i, item in enumerate(value)}
+    return {n: m for n, m in held.items() if isinstance(m, nn.Module) and m is not objective.model}
 
 
 class Learner:
@@ -162,10 +177,18 @@ class Learner:
         return taken
 
     def average_statistics(self, transport: Transport) -> None:
-        """Make buffers equal on all ranks: the mean of BatchNorm's running statistics, rank 0's of all others."""
+        """Make buffers equal on all ranks: the mean of BatchNorm's running statistics, rank 0's of all others.
+
+        Those of the model and of its moving averages; between evaluations BatchNorm's are each rank's own.
+        """
+        models = [
+            self.objective.model,
+            *(m for m in held_modules(self.objective).values() if isinstance(m, MovingAverage)),
+        ]
         statistics = {
             id(buffer): buffer
-            for module in self.objective.model.modules()
+            for model in models
+            for module in model.modules()
             if isinstance(module, nn.modules.batchnorm._NormBase)
             for buffer in module.buffers(recurse=False)
             if buffer.is_floating_point()
@@ -176,7 +199,7 @@ class Learner:
             sizes = [buffer.numel() for buffer in statistics.values()]
             for buffer, part in zip(statistics.values(), mean.split(sizes), strict=True):
                 buffer.copy_(part.view(buffer.shape))
-        for buffer in self.objective.model.buffers():
+        for buffer in (buffer for model in models for buffer in model.buffers()):
             if id(buffer) not in statistics:
                 transport.broadcast(buffer)
 

@@ -65,6 +65,7 @@ class Ledger:
     def restart_clock(self) -> None:
         """Leave the time since the last line out of the rate: it went into something else than training."""
         self._samples, self._since = 0, time.monotonic()
+        self._collecting()
 
     def close(self) -> dict[str, Any] | None:
         """Return the values since the last call, exact over all ranks; None if there was no step.
@@ -143,4 +144,4 @@ def _idle(shares: Tensor, collecting: Tensor, seconds: float) -> float:
     busiest = shares.amax(0)
     in_steps = float(1.0 - shares.mean(0).sum() / busiest.sum()) if busiest.any() else 0.0
     most, mean = float(collecting.max()), float(collecting.mean())
-    return (most - mean + in_steps * max(seconds - most, 0.0)) / seconds
+    return min((most - mean + in_steps * max(seconds - most, 0.0)) / seconds, 1.0)

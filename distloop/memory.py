@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from distloop.data import derive_seed
 from distloop.errors import ConfigError, DataError
+
+Numbers = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class Draw(NamedTuple):
@@ -23,8 +27,8 @@ class Draw(NamedTuple):
 class ReplayMemory:
     """The newest ``capacity`` rows that were added.
 
-    The n-th draw of a memory depends on its seed, on n and on what it holds, on nothing else: with its
-    :meth:`state_dict` restored it goes on as if nothing had happened.
+    A draw depends on the memory's seed, on how many samples were drawn before, and on what it holds, on nothing else:
+    with its :meth:`state_dict` restored it goes on as if nothing had happened.
 
     Args:
         capacity: most rows that are kept.
@@ -32,8 +36,12 @@ class ReplayMemory:
         priority_exponent: 0 draws uniformly; above, row i is drawn with probability p_i ** exponent / sum, where p_i is
             the priority that :meth:`prioritise` set, and that of a new row the largest so far (Schaul et al. 2016,
             section 3.3, "proportional").
-        correction: exponent beta of the importance-sampling weights (N P(i)) ** -beta, divided by their largest in the
-            memory (section 3.4).
+        correction: exponent beta of the importance-sampling weights (N P(i)) ** -beta, divided by their largest
+            (section 3.4): the largest in this memory, unless ``floor`` is set.
+
+    Attributes:
+        floor: the least N P(i), from which the largest weight follows. Where ranks have a memory each, set it to the
+            least of all ranks' :meth:`least`, or their samples would be weighed by different measures.
     """
 
     def __init__(self, capacity: int, seed: int, *, priority_exponent: float = 0.0, correction: float = 0.4):
@@ -49,6 +57,7 @@ class ReplayMemory:
         self._fields: list[Tensor] = []
         self._priorities = Priorities(capacity) if priority_exponent else None
         self._largest = 1.0
+        self.floor: float | None = None
 
     def __len__(self) -> int:
         return min(self.added, self.capacity)
@@ -72,7 +81,7 @@ class ReplayMemory:
         for own, new in zip(self._fields, fields, strict=True):
             own[places] = new[rows - kept :].detach().cpu()
         if self._priorities is not None:
-            self._priorities.put(places, torch.full((kept,), self._largest, dtype=torch.float64))
+            self._priorities.put(places, np.full(kept, self._largest))
         self.added += rows
 
     def draw(self, samples: int) -> Draw:
@@ -90,7 +99,7 @@ class ReplayMemory:
         if self._priorities is None:
             places, weights = (chance * size).long(), torch.ones(samples)
         else:
-            places = self._priorities.find(chance).clamp_(max=size - 1)
+            places = torch.from_numpy(self._priorities.find(chance)).clamp_(max=size - 1)
             weights = self._weights(places)
         return Draw(tuple(field[places] for field in self._fields), places, weights)
 
@@ -106,7 +115,7 @@ class ReplayMemory:
         state = {f"field_{i}": field[: len(self)].clone() for i, field in enumerate(self._fields)}
         state["counters"] = torch.tensor([self.added, self.draws])
         if self._priorities is not None:
-            state["priorities"] = self._priorities.leaves[: len(self)].clone()
+            state["priorities"] = torch.tensor(self._priorities.leaves[: len(self)])
             state["largest_priority"] = torch.tensor([self._largest], dtype=torch.float64)
         return state
 
@@ -132,11 +141,18 @@ class ReplayMemory:
             self._priorities.put(torch.arange(rows), state["priorities"])
             self._largest = float(state["largest_priority"])
 
+    def least(self) -> float:
+        """Return the least of len(memory) P(i) over all rows; infinite if there is none."""
+        if self._priorities is None:
+            return 1.0 if len(self) else math.inf
+        own = self._priorities.leaves[: len(self)]
+        return float(own.min()) / self._priorities.total * len(self) if len(self) else math.inf
+
     def _weights(self, places: Tensor) -> Tensor:
         assert self._priorities is not None
-        chances = self._priorities.leaves[places] / self._priorities.total
-        least = self._priorities.leaves[: len(self)].min() / self._priorities.total
-        return ((least / chances) ** self.correction).float()
+        expected = len(self) * torch.from_numpy(self._priorities.leaves[places.numpy()]) / self._priorities.total
+        floor = self.floor if self.floor is not None else self.least()
+        return ((floor / expected) ** self.correction).clamp(max=1.0).float()
 
 
 class Priorities:
@@ -144,37 +160,34 @@ class Priorities:
 
     def __init__(self, capacity: int):
         self._first = 1 << max(0, capacity - 1).bit_length()  # where the leaves begin; node i has children 2i and 2i+1
-        self._sums = torch.zeros(2 * self._first, dtype=torch.float64)
+        self._sums = np.zeros(2 * self._first)
 
     @property
-    def leaves(self) -> Tensor:
+    def leaves(self) -> Numbers:
         """The numbers themselves."""
         return self._sums[self._first :]
 
     @property
-    def total(self) -> Tensor:
+    def total(self) -> float:
         """Their sum."""
-        return self._sums[1]
+        return float(self._sums[1])
 
-    def put(self, places: Tensor | Sequence[int], numbers: Tensor) -> None:
+    def put(self, places: Any, numbers: Any) -> None:
         """Set the numbers at ``places``; of several for one place the last counts."""
-        nodes = torch.as_tensor(places) + self._first
-        for node, number in zip(nodes.tolist(), numbers.tolist(), strict=True):
-            self._sums[node] = number
-        nodes = nodes.unique()
-        while len(nodes) and int(nodes[0]) > 1:
-            nodes = (nodes // 2).unique()
+        nodes = np.asarray(places, dtype=np.int64) + self._first
+        self._sums[nodes] = np.asarray(numbers, dtype=np.float64)
+        while len(nodes) and nodes[0] > 1:
+            nodes = np.unique(nodes >> 1)
             self._sums[nodes] = self._sums[2 * nodes] + self._sums[2 * nodes + 1]
 
-    def find(self, chance: Tensor) -> Tensor:
+    def find(self, chance: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Return for each of ``chance`` in [0, 1) the place whose stretch of the running sum it falls into."""
-        left_over = chance * self.total
-        nodes = torch.ones(len(chance), dtype=torch.int64)
-        while int(nodes[0]) < self._first:
+        left_over = np.asarray(chance, dtype=np.float64) * self.total
+        nodes = np.ones(len(left_over), dtype=np.int64)
+        while nodes[0] < self._first:
             left = self._sums[2 * nodes]
-            right = left_over >= left
             # Rounding may leave a little over where the right half is empty.
-            right &= self._sums[2 * nodes + 1] > 0
-            left_over = left_over - torch.where(right, left, 0.0)
+            right = (left_over >= left) & (self._sums[2 * nodes + 1] > 0)
+            left_over = left_over - np.where(right, left, 0.0)
             nodes = 2 * nodes + right
         return nodes - self._first

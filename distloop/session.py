@@ -103,6 +103,7 @@ class Session:
         begun = time.monotonic()
         self._emit("start", self._facts)
         reason = "all epochs done"
+        self._ledger.restart_clock()
         with Signals(self._agreement):
             for update in train(self.task, self.turns, self._epochs(), self.world):
                 last = update.learner is self.turns.last
@@ -163,13 +164,18 @@ class Session:
             self._emit("train", values | (self._report() if self._report is not None else {}))
 
     def _evaluate(self) -> str | None:
+        """Evaluate; return a reason to stop, if there is one. Its time, and that of pictures, is not the training's."""
+        stop = self._evaluate_and_judge()
+        self._ledger.restart_clock()
+        return stop
+
+    def _evaluate_and_judge(self) -> str | None:
         """Evaluate, remember the best, and return a reason to stop if patience is over."""
         assert self._evaluation is not None
         self._evaluated_at = self.step
         for learner in self.learners:
             learner.average_statistics(self.transport)
         self._metrics = self._evaluation()
-        self._ledger.restart_clock()
         if not self._metrics:
             return None
         name, sign = self._watched = self._choose_metric()
@@ -177,16 +183,15 @@ class Session:
         for learner in self.learners:
             learner.schedule.observe(sign * value)
         best = math.inf if self._best is None else sign * self._best[0]
-        better = sign * value < best - (0.0 if self._best is None else self.monitor.min_delta)
+        target = self.monitor.target
+        reached = target is not None and sign * value <= sign * target
+        better = sign * value < best - (0.0 if self._best is None else self.monitor.min_delta) or reached
         self._emit("evaluate", self._metrics | {"best": better})
         if better:
             self._best, self._best_metrics, self._evaluations_without_better = (value, self.step), self._metrics, 0
             if self.monitor.keep_best:
                 self._save()
-            target = self.monitor.target
-            if target is not None and sign * value <= sign * target:
-                return f"{name} reached monitor.target, which is {target:g}"
-            return None
+            return f"{name} reached monitor.target, which is {target:g}" if reached else None
         self._evaluations_without_better += 1
         patience = self.monitor.patience
         if patience is not None and self._evaluations_without_better > patience:

@@ -32,6 +32,14 @@ class Resolved:
         """Return the configuration as it is for one learner."""
         return self.learners.get(name, self)
 
+    def check_learners(self, names: Iterable[str]) -> None:
+        """Refuse what is said of a learner that does not exist."""
+        known = list(names)
+        for name in self.learners:
+            if name not in known:
+                dotted = next(key for key in self.sources if key.startswith(f"{LEARNERS}.{name}."))
+                raise self.error(dotted, f"the task has no learner {name!r}{nearest(name, known)}")
+
     def rows(self) -> Iterator[tuple[str, Any, str]]:
         """Yield (dotted key, value, source) for every value."""
         for section, values in self.config.model_dump().items():
@@ -213,7 +221,9 @@ def from_arguments(arguments: Sequence[str]) -> Settings:
             if not waiting:
                 raise ConfigError(f"command line: {name} has no value; settings look like --optimizer.lr 0.1")
             text = waiting.pop(0)
-        dotted = name[2:].replace("-", "_")
+        parts = name[2:].split(".")
+        named = 1 if parts[0] == LEARNERS else None  # a learner is called as its task calls it
+        dotted = ".".join(part if i == named else part.replace("-", "_") for i, part in enumerate(parts))
         check_key(dotted, "command line")
         if dotted in settings:
             raise ConfigError(f"command line: --{dotted} is given twice")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from distloop.transports import Transport
 from distloop.world import World
 
 
-@dataclass(frozen=True)
+@dataclass
 class Site:
     """Handed to ``task.join(site)`` on every rank, after the models are equal on all of them.
 
@@ -24,6 +25,7 @@ class Site:
     transport: Transport
     device: torch.device
     seed: int  # train.seed
+    waited: float = 0.0  # seconds in which this rank waited for the others in :meth:`gather`
 
     def part(self, things: int) -> range:
         """Return which of ``things``, numbered over all ranks, are this rank's; possibly none."""
@@ -40,4 +42,11 @@ class Site:
 
     def total(self, own: Tensor) -> Tensor:
         """Return the sum over ranks of a small CPU tensor, to the bit the same on all of them."""
-        return self.transport.all_gather(own).wait().sum(0)
+        return self.gather(own).sum(0)
+
+    def gather(self, own: Tensor) -> Tensor:
+        """Return every rank's small CPU tensor, of shape (ranks, *shape); all ranks must call it."""
+        begun = time.monotonic()
+        rows = self.transport.all_gather(own).wait()
+        self.waited += time.monotonic() - begun
+        return rows

@@ -275,6 +275,7 @@ def _batches(transport: Transport, case: Case, objectives: Mapping[str, Any], pl
     own = [t[first : first + case.counts[transport.rank]] for t in data.tensors]
     return plant.get("uneven", UnevenBatches)(
         PerRank(torch.utils.data.TensorDataset(*own), passes=2),
+        case.counts,
         global_batch_size=case.global_batch_size,
         micro_batch_size=case.micro_batch_size,
         **options,

@@ -280,7 +280,7 @@ def test_exploring_falls_in_a_line_with_the_steps_acted() -> None:
 def test_imagined_targets_are_backed_up_through_the_model() -> None:
     world = WorldModel(4, 2, hidden=8)
     world.scale.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    q = Imagination(nn.Linear(4, 2), world, discount=0.9, target_decay=0.0, target_every=1)
+    q = Imagination(nn.Linear(4, 2), world, 0.9, 0.0, 1)
     batch = transitions(3)
     values, _ = q.targets(batch)
     assert values.shape == (3, 2)

@@ -119,7 +119,7 @@ MISTAKES = [
     (DIGITS, ["--data.micro_batch_size", "100"], 2, "100 is more than data.global_batch_size, which is 64"),
     (DIGITS, ["--strategy.name", "naiv"], 2, "unknown name 'naiv' (did you mean 'naive'?)"),
     (DIGITS, ["--task.hiden", "3"], 2, "digits takes no 'hiden' (did you mean 'hidden'?)"),
-    (DIGITS, ["--task.model", "rnn"], 2, "task.model: 'rnn' is neither cnn nor mlp"),
+    (DIGITS, ["--task.model", "rnn"], 2, "task.model: 'rnn' is none of cnn, mlp"),
     (DIGITS, ["--task.name", "digit"], 2, "unknown task 'digit' (did you mean 'digits'?)"),
     (DIGITS, ["--monitor.metric", "acuracy"], 2, "no metric 'acuracy' (did you mean 'accuracy'?)"),
     (DIGITS, ["--optimizer.name", "torch.optim:Admin"], 2, "has no 'Admin'"),
@@ -159,7 +159,7 @@ MISTAKES = [
     (DIGITS, ["--task.loss", "focl"], 2, "task.loss: unknown loss 'focl' (did you mean 'focal'?)"),
     (DIGITS, ["--task.loss", "focal", "--task.loss_options", "{gama: 2}"], 2, "focal takes no 'gama'"),
     (DIGITS, ["--task.loss", "mse_loss"], 2, "tensors of one shape are needed"),
-    ("tests.user_tasks:NothingCollected", [], 4, "no rank collected anything in epoch 1"),
+    ("tests.user_tasks:NothingCollected", [], 4, "no rank collected anything"),
 ]
 
 
@@ -193,8 +193,13 @@ IN_COMPANY = [
     ("tests.user_tasks:CorruptSample", "naive", {4, 10}, "reading sample 7 failed"),
     ("tests.user_tasks:NaNOnTheLastRank", "ddp", {13}, "learner 'model', on rank 1"),
     ("tests.user_tasks:SharedBody", "ddp", {2}, "objectives 'actor' and 'critic' share parameters"),
-    ("tests.user_tasks:NothingCollected", "naive", {4}, "no rank collected anything in epoch 1"),
-    ("tests.user_tasks:PerRankOnOneRank", "naive", {12}, "ranks differ in what they collect"),
+    ("tests.user_tasks:NothingCollected", "naive", {4}, "no rank collected anything"),
+    (
+        "tests.user_tasks:PerRankOnOneRank",
+        "naive",
+        {12},
+        "ranks collect differently: collect(0) returned a data set on rank 0",
+    ),
     ("tests.user_tasks:KilledRank", "ddp", {10, -9}, "another rank ended"),
     ("tests.user_tasks:KilledRank", "naive", {10, -9}, "another rank ended"),
 ]

@@ -75,6 +75,10 @@ def test_priorities_are_proportional_and_corrected() -> None:
     # (N P(i)) ** -0.4 over the largest of them, which belongs to the least likely
     expected = torch.tensor([1.0, 2.0**-0.4, 4.0**-0.4])
     assert torch.allclose(draw.weights, expected[draw.places], rtol=1e-6)
+    assert memory.least() == pytest.approx(3 / 7)
+    memory.floor = 0.3 * 3 / 7  # another rank's memory has a rarer row
+    corrected = memory.draw(100)
+    assert torch.allclose(corrected.weights, 0.3**0.4 * expected[corrected.places], rtol=1e-6)
     memory.add(*rows(3, 1))
     assert float(memory._priorities.leaves[3]) == 4.0, "a new row has the largest priority so far"  # type: ignore[union-attr]
 
@@ -82,8 +86,8 @@ def test_priorities_are_proportional_and_corrected() -> None:
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=20).filter(any), st.integers(0, 10**6))
 def test_the_tree_finds_what_the_running_sum_says(numbers: list[float], seed: int) -> None:
     tree = Priorities(len(numbers))
-    tree.put(range(len(numbers)), torch.tensor(numbers, dtype=torch.float64))
-    assert float(tree.total) == pytest.approx(sum(numbers))
+    tree.put(range(len(numbers)), numbers)
+    assert tree.total == pytest.approx(sum(numbers))
     chance = torch.rand(50, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     running = torch.tensor(numbers, dtype=torch.float64).cumsum(0)
     expected = torch.searchsorted(running, chance * running[-1], right=True)

@@ -180,6 +180,40 @@ def test_later_layers_win_over_earlier_ones_of_a_learner(tmp_path: Path, argumen
     assert resolve(from_file(tmp_path / "config.yaml")).for_learner("critic").config.optimizer.lr == lr
 
 
+def test_what_a_run_writes_can_be_read_again_after_a_method_was_overruled(tmp_path: Path) -> None:
+    text = """
+optimizer: {name: sgd, lr: 0.1, momentum: 0.9}
+schedule: {name: cosine, final: 0.5}
+learners:
+  a: {optimizer: {name: rmsprop, alpha: 0.8}}
+  b: {optimizer: {name: sgd}}
+"""
+    overruled = resolve(
+        from_file(write(tmp_path, text)), from_arguments(["--optimizer.name=adam", "--schedule.name=step"])
+    )
+    write_configuration(tmp_path, overruled)
+    again = resolve(from_file(tmp_path / "config.yaml"))
+    for name in ("a", "b", "c"):
+        Method(again.for_learner(name))
+        first, second = (one.for_learner(name).config.optimizer for one in (overruled, again))
+        assert (first.name, first.lr) == (second.name, second.lr) == ("adam", 0.1)
+    own = resolve(
+        from_file(write(tmp_path, text)), from_arguments(["--optimizer.momentum=0.7", "--learners.b.optimizer.lr=2"])
+    )
+    write_configuration(tmp_path, own)
+    again = resolve(from_file(tmp_path / "config.yaml"))
+    for name in ("a", "b", "c"):
+        Method(again.for_learner(name))
+    assert again.for_learner("b").config.optimizer == own.for_learner("b").config.optimizer
+    kept = again.for_learner("a").config.optimizer
+    assert (kept.name, kept.alpha, kept.lr) == ("rmsprop", 0.8, 0.1)
+
+
+def test_a_learner_is_called_as_its_task_calls_it() -> None:
+    arguments = from_arguments(["--learners.My-Actor.optimizer.weight-decay", "0.5"])
+    assert resolve(arguments).for_learner("My-Actor").config.optimizer.weight_decay == 0.5
+
+
 def test_learners_by_environment_and_from_python() -> None:
     environment = from_environment({"DISTLOOP_LEARNERS__MY_CRITIC__OPTIMIZER__WEIGHT_DECAY": "0.5"})
     python = from_mapping({"learners": {"my_critic": {"gradients": {"clip_norm": 1.0}}}})

@@ -18,7 +18,7 @@ from distloop.errors import ConfigError, DataError
 from distloop.ledger import _idle
 from distloop.transports import Transport
 from distloop.turns import Turns
-from distloop.uneven import PerRank, UnevenBatches, shares
+from distloop.uneven import PerRank, UnevenBatches, interleave
 from distloop.world import World
 from tests.ranks import in_threads
 
@@ -29,7 +29,7 @@ def collected(transport: Transport, counts: list[int], size: int, micro: int | N
     own = torch.arange(counts[rank]) + 1000 * rank
     samples = TensorDataset(own) if counts[rank] else None
     batches = UnevenBatches(
-        PerRank(samples, passes), global_batch_size=size, micro_batch_size=micro, seed=4, transport=transport
+        PerRank(samples, passes), counts, global_batch_size=size, micro_batch_size=micro, seed=4, transport=transport
     )
     return [
         (
@@ -69,7 +69,7 @@ def test_every_sample_once_per_pass_and_shares_add_up(counts: list[int], size: i
 
 def test_each_batch_takes_from_every_rank_in_proportion() -> None:
     counts = [30, 10, 0, 60]
-    parts = [shares(counts, rank, 20)[1] for rank in range(4)]
+    parts = [interleave(counts, rank, 20)[1] for rank in range(4)]
     assert parts == [[6] * 5, [2] * 5, [0] * 5, [12] * 5]
 
 
@@ -80,9 +80,12 @@ def test_passes_and_epochs_have_orders_of_their_own() -> None:
 
 
 def test_nothing_collected_by_anyone_is_said() -> None:
-    with pytest.raises(DataError, match="no rank collected anything in epoch 1"):
+    with pytest.raises(DataError, match="no rank collected anything"):
         in_threads(2, collected, [0, 0], 4, None, 1)
-    with pytest.raises(ConfigError, match="passes 0 is too small"):
+    for passes in (0, 1.5, "2"):
+        with pytest.raises(ConfigError, match="must be a whole number, at least 1"):
+            PerRank(None, passes)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="passes 0 must be a whole number"):
         PerRank(None, 0)
 
 
@@ -120,6 +123,8 @@ def test_turns() -> None:
     for every, message in [
         ({"x": 2}, "no learner 'x'"),
         ({"g": 0}, "g: 0 must be a whole number"),
+        ({"g": True}, "g: True must be a whole number"),
+        ([2], r"must be a mapping of learners to numbers, not \[2\]"),
         ({"d": 2, "g": 3}, "some learner must take a turn on every batch"),
     ]:
         with pytest.raises(ConfigError, match=message):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from distloop.build.facts import facts
 from distloop.build.feeding import Fed, make_loading
 from distloop.build.length import epochs_of, steps_of
 from distloop.build.method import Method
-from distloop.build.models import draw_task, make_strategy, moving_averages, refuse_shared_parameters
+from distloop.build.models import make_strategy, moving_averages, refuse_shared_parameters
 from distloop.build.place import Place, make_directory, make_place, write_configuration
 from distloop.data import derive_seed
 from distloop.errors import nearest
@@ -31,7 +30,7 @@ from distloop.settings import Resolved
 from distloop.site import Site
 from distloop.strategies import STRATEGIES, Strategy
 from distloop.tasks import import_object, make_task
-from distloop.turns import Turns
+from distloop.turns import Turns, checked_turns
 
 Progress = Callable[[int], None]
 
@@ -66,16 +65,17 @@ class Builder:
             task = make_task(config.task.name, config.task.options, self.resolved.source("task.name"))
         objectives: Mapping[str, Objective] = task.objectives
         agree_on(transport, {"objectives": list(objectives)}, "the task")
-        self._check_learners(objectives)
+        self.resolved.check_learners(objectives)
         refuse_shared_parameters(objectives)
         strategies = {name: make_strategy(name, o, place, config.strategy) for name, o in objectives.items()}
         # From here on ranks draw different numbers: dropout must not repeat itself on every rank.
         torch.manual_seed(derive_seed("rank", config.train.seed, world.rank))
+        site = Site(world, transport, place.device, config.train.seed)
         if hasattr(task, "join"):
-            task.join(Site(world, transport, place.device, config.train.seed))
-        fed = Fed(task, config, place, {name: o.weight for name, o in objectives.items() if hasattr(o, "weight")})
-        plan = getattr(fed.collect(0), "plan", None)
-        steps = steps_of(config, plan)
+            task.join(site)
+        fed = Fed(task, config, place, {name: o.weight for name, o in objectives.items() if hasattr(o, "weight")}, site)
+        first = fed.collect(0)
+        steps = steps_of(config, getattr(first, "plan", None))
         turns = self._turns(task, strategies, steps)
         evaluation = self._evaluation(task, place)
         monitored = self._check_monitor(evaluation)
@@ -89,14 +89,14 @@ class Builder:
             world=world,
             transport=transport,
             limits=self._limits(),
-            monitor=Monitor(**dict(config.monitor.model_dump(exclude={"explosion"}))),
+            monitor=self._monitor(),
             agreement=Agreement(transport, max_seconds=config.train.max_seconds),
             ledger=Ledger(turns.learners, transport, collecting=fed.take_seconds, explosion=config.monitor.explosion),
             evaluation=evaluation,
             directory=directory,
             averages=moving_averages(objectives),
             report=fed.report if hasattr(task, "report") else None,
-            facts=facts(self.resolved, turns.learners, plan, steps, place, directory, monitored),
+            facts=facts(self.resolved, turns.learners, first, steps, place, directory, monitored),
             observers=[*shown, *(observers if world.rank == 0 else ())],
             progress=progress,
         )
@@ -113,7 +113,7 @@ class Builder:
             progress=log.progress,
             tensorboard=log.tensorboard,
             picture=log.picture,
-            task_pictures=partial(draw_task, task) if hasattr(task, "pictures") else None,
+            task=task,
         )
         named = [import_object(path, self.resolved.source("log.observers")) for path in log.observers]
         return [*supplied, *(named if rank == 0 else [])], progress
@@ -152,16 +152,13 @@ class Builder:
             precision=lambda: autocast(place.device, self.config.precision.name),
         )
 
-    def _check_learners(self, objectives: Mapping[str, Objective]) -> None:
-        """Refuse settings of a learner that the task does not have."""
-        for name in self.resolved.learners:
-            if name not in objectives:
-                dotted = next(key for key in self.resolved.sources if key.startswith(f"learners.{name}."))
-                raise self.resolved.error(dotted, f"the task has no learner {name!r}{nearest(name, objectives)}")
+    def _monitor(self) -> Monitor:
+        c = self.config.monitor
+        return Monitor(c.metric, c.mode, c.patience, c.min_delta, c.keep_best, c.target)
 
     def _turns(self, task: Any, strategies: Mapping[str, Strategy], steps: int | None) -> Turns:
         """Return the learners in the order of their turns; ``steps`` is the number of global batches, if known."""
-        every: Mapping[str, int] = getattr(task, "turns", {})
+        every = checked_turns(task)
         learners = []
         for name, objective in task.objectives.items():
             own = None if steps is None else max(1, steps // every.get(name, 1))
@@ -190,9 +187,12 @@ class Builder:
             for dotted, value in waiting.items():
                 if value is not None:
                     raise error(dotted, "needs validation data, and the task has none")
-            if self.config.schedule.name == "plateau":
-                raise error("schedule.name", "plateau needs validation data, and the task has none")
+            for one in (self.resolved, *self.resolved.learners.values()):
+                if one.config.schedule.name == "plateau":
+                    raise one.error("schedule.name", "plateau needs validation data, and the task has none")
             return None
+        if monitor.target is not None and monitor.metric is None:
+            raise error("monitor.target", "of which metric? set monitor.metric as well")
         # One batch is evaluated now, so that a mistake in it shows before the training and not after an epoch of it.
         names = evaluation.names()
         if monitor.metric is not None and monitor.metric not in names:
@@ -203,7 +203,8 @@ class Builder:
         name = monitor.metric or names[0]
         lower = monitor.mode == "min" if monitor.mode else lower_is_better(name)
         kept = "the best model is kept" if monitor.keep_best else "the last model is kept"
-        return f"{name}, {'lower' if lower else 'higher'} is better; {kept}"
+        enough = "" if monitor.target is None else f", {monitor.target:g} is enough"
+        return f"{name}, {'lower' if lower else 'higher'} is better{enough}; {kept}"
 
     def _run_facts(self) -> dict[str, Any]:
         """Return what must be the same on every rank before any of it is used: all that decides what is computed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,18 +16,22 @@ from distloop.config import Config
 from distloop.data import Plan
 from distloop.learner import Learner
 from distloop.settings import Resolved
+from distloop.uneven import UnevenBatches
 
 
 def facts(
     resolved: Resolved,
     learners: Sequence[Learner],
-    plan: Plan | None,
+    data: Any,
     steps: int | None,
     place: Place,
     directory: Path,
     monitored: str | None,
 ) -> dict[str, str]:
-    """Return one line each about task, world, strategy, batch, length, optimizer and place of the results."""
+    """Return one line each about task, world, strategy, batch, length, optimizer and place of the results.
+
+    ``data`` is what the first epoch extracts from.
+    """
     config = resolved.config
     world, strategy = place.world, config.strategy.name
     ranks = "1 rank" if world.size == 1 else f"{world.size} ranks started by {world.launcher}"
@@ -36,20 +41,23 @@ def facts(
         "world": f"{ranks} on {place.device.type}, {threads} thread{'s' if threads > 1 else ''} each",
         "strategy": strategy if world.size > 1 else f"none needed for one rank ({strategy} with more)",
     }
+    plan = getattr(data, "plan", None)
     if plan is not None:
         lines["batch"] = _batch(plan, world.size)
+    elif isinstance(data, UnevenBatches):
+        lines["batch"] = _uneven(data, config.data.global_batch_size)
     lines["length"] = _length(steps, epochs_of(config))
     for learner in learners:
-        own = learner.name in resolved.learners
-        lines[learner.name if own else "optimizer"] = describe_optimizer(
+        apart = learner.name in resolved.learners
+        lines[f"for {learner.name}" if apart else "optimizer"] = describe_optimizer(
             resolved.for_learner(learner.name).config, learner.base_lr
         )
     if monitored is not None:
         lines["monitor"] = monitored
     lines["precision"] = config.precision.name
-    models = [learner.objective.model for learner in learners]
     split = world.size > 1 or (plan is not None and plan.accumulation(1) > 1)
-    if split and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for model in models for m in model.modules()):
+    modules = (module for learner in learners for module in learner.objective.model.modules())
+    if split and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules):
         lines["note"] = "BatchNorm normalises each micro-batch by itself, so results depend on how batches are split"
     warm_up = max(resolved.for_learner(learner.name).config.schedule.warmup_steps for learner in learners)
     if steps is not None and 0 < steps <= warm_up:
@@ -61,6 +69,12 @@ def _length(steps: int | None, epochs: int | None) -> str:
     if steps is not None:
         return f"{steps} steps"
     return "until stopped" if epochs is None else f"{epochs} epochs, of as many steps as what is collected makes"
+
+
+def _uneven(data: UnevenBatches, global_batch_size: int) -> str:
+    counts = ", ".join(map(str, data.counts[:8])) + (", ..." if len(data.counts) > 8 else "")
+    passes = f" x {data.passes} passes" if data.passes > 1 else ""
+    return f"{global_batch_size} samples; first the ranks have {counts} of their own{passes}, in {data.steps} steps"
 
 
 def _describe(learner: Learner) -> str:

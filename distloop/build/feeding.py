@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,13 +14,15 @@ from distloop.build.contents import fingerprint, samples_in
 from distloop.build.place import Place
 from distloop.config import Config
 from distloop.data import Batches, Plan, derive_seed
-from distloop.errors import ConfigError
+from distloop.errors import ConfigError, MismatchError
 from distloop.evaluation import as_pair, totals
 from distloop.loading import Loading
 from distloop.messages import agree_on
+from distloop.site import Site
 from distloop.uneven import PerRank, UnevenBatches
 
 Weighers = Mapping[str, Callable[[Any], float]]
+KINDS = ("a data set", "samples of its own (PerRank)", "batches (extract)")
 
 
 class Fed:
@@ -30,67 +32,79 @@ class Fed:
     random must be the same on all of them. What ranks collect for themselves is seeded by their ``Site``.
     """
 
-    def __init__(self, task: Any, config: Config, place: Place, weighers: Weighers):
+    def __init__(self, task: Any, config: Config, place: Place, weighers: Weighers, site: Site | None = None):
         self._task, self._config, self._place, self._weighers = task, config, place, weighers
+        self._site = site or Site(place.world, place.transport, place.device, config.train.seed)
         self._epoch: int | None = None
         self._data: Any = None
         self._size: int | None = None
         self._fed: Any = None
-        self._kind: str | None = None
         self._seconds = 0.0
 
     def collect(self, epoch: int) -> Any:
         """Return the data of ``epoch`` in global batches; collected once, however often it is asked for."""
         if epoch != self._epoch:
-            self._epoch, begun = epoch, time.monotonic()
+            self._epoch, begun, waited = epoch, time.monotonic(), self._site.waited
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(derive_seed("collect", self._config.train.seed, epoch))
                 data = self._task.collect(epoch)
-            self._seconds += time.monotonic() - begun
+            self._seconds += time.monotonic() - begun - (self._site.waited - waited)
             self._enter(data)
         return self._fed
 
     def take_seconds(self) -> float:
-        """Return how long this rank collected since it was asked last."""
+        """Return how long this rank collected since it was asked last, without waiting for others."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
     def report(self) -> dict[str, float]:
-        """Return what the task tells of its collecting since it was asked last, as means over all ranks."""
-        own = self._task.report() if hasattr(self._task, "report") else {}
+        """Return what the task tells of its collecting since it was asked last, exact over all ranks."""
+        own = self._task.report()
         if not isinstance(own, Mapping):
-            raise ConfigError(f"report() returned a {type(own).__name__}; it must be a mapping of pairs (sum, count)")
-        sums = {name: as_pair("report()", name, pair) for name, pair in own.items()}
-        means = totals(self._place.transport, sums)
+            raise ConfigError(f"report() returned a {type(own).__name__}; it must be a mapping")
+        once = 1.0 / self._place.world.size  # what is no pair is added up
+        pairs = {str(name): value if isinstance(value, tuple | list) else (value, once) for name, value in own.items()}
+        means = totals(self._place.transport, {name: as_pair("report()", name, pair) for name, pair in pairs.items()})
         return {name: mean for name, mean in means.items() if not math.isnan(mean)}  # nothing since the last report
 
     def _enter(self, data: Any) -> None:
         own = isinstance(data, PerRank)
-        kind = "samples of its own" if own else "batches" if hasattr(data, "extract") else "a data set"
-        if self._kind is None:
-            self._kind = kind
-            agree_on(self._place.transport, {"kind": kind}, "what they collect")
-        elif kind != self._kind:
-            raise ConfigError(
-                f"collect({self._epoch}) returned {kind}, and before it {self._kind}; it must stay one kind"
-            )
-        if hasattr(data, "extract"):
-            self._fed = data
-        elif own:
-            if data.samples is not None:
-                samples_in(data.samples, "PerRank(samples)", empty=True)
-            sizes = self._config.data
-            self._fed = UnevenBatches(
-                data,
-                global_batch_size=sizes.global_batch_size,
-                micro_batch_size=sizes.micro_batch_size,
-                # What a rank has just collected is in its own memory; a worker would draw from a copy of that.
-                **self._options() | {"loading": replace(make_loading(self._config), workers=0)},
-            )
+        kind = 1 if own else 2 if hasattr(data, "extract") else 0
+        size = 0
+        if kind == 0 or (own and data.samples is not None):
+            size = samples_in(data.samples if own else data, "PerRank(samples)" if own else "collect(epoch)", empty=own)
+        facts = torch.tensor([kind, data.passes if own else 1, size])
+        rows = self._place.transport.all_gather(facts).wait().tolist()
+        self._compare(rows)
+        if kind == 0 and data is self._data and size == self._size:
+            return
+        self._data, self._size = (data, size) if kind == 0 else (None, None)
+        if own:
+            self._fed = self._uneven(data, [count for *_, count in rows])
         else:
-            size = samples_in(data, "collect(epoch)")
-            if data is not self._data or size != self._size:
-                self._data, self._size, self._fed = data, size, self._batches(data, size)
+            self._fed = self._batches(data, size) if kind == 0 else data
+
+    def _compare(self, rows: Sequence[Sequence[int]]) -> None:
+        """Refuse what ranks cannot train on together."""
+        for rank, (kind, passes, _) in enumerate(rows):
+            if kind != rows[0][0]:
+                returned = f"{KINDS[rows[0][0]]} on rank 0 and {KINDS[kind]} on rank {rank}"
+                raise MismatchError(f"ranks collect differently: collect({self._epoch}) returned {returned}")
+            if passes != rows[0][1]:
+                raise MismatchError(
+                    f"ranks collect differently: PerRank has {rows[0][1]} passes on rank 0 and {passes} on rank {rank}"
+                )
+
+    def _uneven(self, data: PerRank, counts: list[int]) -> UnevenBatches:
+        sizes = self._config.data
+        return UnevenBatches(
+            data,
+            counts,
+            global_batch_size=sizes.global_batch_size,
+            micro_batch_size=sizes.micro_batch_size,
+            # What a rank has just collected is in its own memory; a worker would draw from a copy of that.
+            **self._options() | {"loading": replace(make_loading(self._config), workers=0)},
+        )
 
     def _batches(self, data: Any, size: int) -> Batches:
         sizes = self._config.data

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 from distloop import optimizer as optimizers
 from distloop import schedules, transforms
 from distloop.config import OptimizerSection, ScheduleSection
+from distloop.layers import LEARNERS, PER_LEARNER
 from distloop.settings import Resolved
 from distloop.tasks import import_object
 
@@ -125,6 +127,36 @@ class Method:
         if c.name == "one_cycle":
             return schedules.OneCycle(end, c.peak, c.start_div, c.final_div)
         return schedules.Linear(end, c.final) if c.name == "linear" else schedules.Cosine(end, c.final)
+
+
+def as_read(resolved: Resolved) -> dict[str, Any]:
+    """Return the configuration as it can be read again: without the keys that the chosen methods do not read.
+
+    What a file said beside one optimizer may have been overruled with the optimizer's name. A learner's own sections
+    hold what it does otherwise than what stands for all.
+    """
+    sections = _read_keys(resolved)
+    for name, one in resolved.learners.items():
+        own = {}
+        for section in PER_LEARNER:
+            fields = type(getattr(resolved.config, section)).model_fields
+            given = {key: sections[section].get(key, fields[key].get_default()) for key in fields}
+            keys = _read_keys(one)[section].items()
+            own[section] = {key: value for key, value in keys if value != given[key]}
+        sections[LEARNERS][name] = own
+    return sections
+
+
+def _read_keys(resolved: Resolved) -> dict[str, Any]:
+    sections = resolved.nested()
+    optimizer, schedule = sections["optimizer"]["name"], sections["schedule"]["name"]
+    read = {
+        "optimizer": EVERY_OPTIMIZER | OPTIMIZERS.get(optimizer, {"options"}),
+        "schedule": EVERY_SCHEDULE | SCHEDULES[schedule],
+    }
+    for section, keys in read.items():
+        sections[section] = {key: value for key, value in sections[section].items() if key in keys}
+    return sections
 
 
 def lr_scale(c: OptimizerSection, global_batch_size: int) -> float:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from distloop.averages import MovingAverage
 from distloop.build.place import Place
 from distloop.config import StrategySection
 from distloop.errors import ConfigError
-from distloop.evaluation import evaluating
-from distloop.learner import Objective, trained_parameters
-from distloop.observers.pictures import TaskPictures
-from distloop.records import Observer
+from distloop.learner import Objective, held_modules, trained_parameters
 from distloop.strategies import Options, Strategy, make
 from distloop.strategies.base import agree_on_model
 
@@ -38,10 +31,9 @@ def make_strategy(name: str, objective: Objective, place: Place, section: Strate
     options = Options(section.bucket_mb, section.unused_parameters)
     strategy = make(section.name, parameters, place.transport, options)
     rest = {key: t for key, t in _tensors(model).items() if key not in parameters}
-    for held, module in vars(objective).items():  # a frozen teacher, a target network, a loss with class weights
-        if isinstance(module, nn.Module) and module is not model:
-            module.to(place.device)
-            rest |= {f"{held}.{key}": t for key, t in _tensors(module).items()}
+    for held, module in held_modules(objective).items():
+        module.to(place.device)
+        rest |= {f"{held}.{key}": t for key, t in _tensors(module).items()}
     agree_on_model(rest, place.transport)
     for tensor in rest.values():
         place.transport.broadcast(tensor.detach())
@@ -53,7 +45,7 @@ def moving_averages(objectives: Mapping[str, Objective]) -> dict[str, nn.Module]
     return {
         f"{name}.{attribute}": held.average
         for name, objective in objectives.items()
-        for attribute, held in vars(objective).items()
+        for attribute, held in held_modules(objective).items()
         if isinstance(held, MovingAverage)
     }
 
@@ -74,17 +66,6 @@ def refuse_shared_parameters(objectives: Mapping[str, Objective]) -> None:
                     "may train them: make them one objective whose loss is the sum, or leave them out of the model of "
                     "one, which may still use them in its guess"
                 )
-
-
-def draw_task(task: Any, directory: Path) -> Observer:
-    """Return the observer that draws what a task has to show."""
-
-    @contextmanager
-    def quietly() -> Iterator[None]:
-        with evaluating(o.model for o in task.objectives.values()), torch.random.fork_rng(devices=[]):
-            yield
-
-    return TaskPictures(task.pictures, directory, quietly)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

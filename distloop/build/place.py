@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from distloop.build.method import as_read
 from distloop.config import Config
 from distloop.errors import StorageError, WorldError
 from distloop.messages import gather_json
@@ -98,4 +99,4 @@ def write_configuration(directory: Path, resolved: Resolved) -> None:
     from ruamel.yaml import YAML
 
     with (directory / "config.yaml").open("w", encoding="utf-8") as file:
-        YAML(typ="safe", pure=True).dump(resolved.nested(), file)
+        YAML(typ="safe", pure=True).dump(as_read(resolved), file)

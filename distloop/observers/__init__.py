@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from distloop.errors import ConfigError
 from distloop.records import Observer
@@ -18,11 +19,11 @@ def make_observers(
     progress: bool | None,
     tensorboard: bool | None,
     picture: bool | None,
-    task_pictures: Callable[[Path], Observer] | None = None,
+    task: Any = None,
 ) -> tuple[list[Observer], Callable[[int], None] | None]:
     """Return the supplied observers of a rank, and what advances its progress bar, if it has one.
 
-    ``task_pictures`` makes the one that draws what the task has to show.
+    ``task`` may have pictures of its own to show.
 
     Raises:
         ConfigError: TensorBoard or a picture is asked for, but the library is missing.
@@ -40,8 +41,10 @@ def make_observers(
         observers.append(TensorBoard(directory / "tensorboard"))
     if _wanted(picture, "matplotlib", "log.picture", "plots"):
         observers.append(LearningCurves(directory / "curves.png"))
-        if task_pictures is not None:
-            observers.append(task_pictures(directory))
+        if hasattr(task, "pictures"):
+            from distloop.observers.task_pictures import TaskPictures
+
+            observers.append(TaskPictures(task, directory))
     return [*observers, console], console.advance if console.shows_progress else None
 
 

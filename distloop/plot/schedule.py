@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from distloop.settings import Resolved
 from distloop.site import Site
 from distloop.tasks import make_task
 from distloop.transports import Alone
+from distloop.turns import checked_turns
 from distloop.world import World
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ def plan_rates(resolved: Resolved) -> Planned:
     shown = steps or config.schedule.steps or _enough(config)
     updates = sorted({*range(1, shown + 1, -(-shown // MOST_POINTS)), shown})
     names = list(task.objectives) if resolved.learners else [""]
-    every: Mapping[str, int] = getattr(task, "turns", {})
+    resolved.check_learners(names)
+    every = {} if task is None else checked_turns(task)
     optimizers, rates = {}, {}
     for name in names:
         own, turns = resolved.for_learner(name), every.get(name, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distloop.errors import ConfigError, DistloopError, nearest
@@ -87,8 +87,16 @@ def make_task(name: str, options: Mapping[str, Any], source: str) -> Any:
     return task
 
 
+def _check_callable(holder: Any, names: Sequence[str], what: str) -> None:
+    for name in names:
+        if hasattr(holder, name) and not callable(getattr(holder, name)):
+            raise ConfigError(f"{what}: {name} is a {type(getattr(holder, name)).__name__}, not a method")
+
+
 def check_task(task: Any, source: str) -> None:
     """Raise a ConfigError if ``task`` lacks what a task must have."""
+    from torch import nn
+
     kind = type(task).__name__
     if not callable(getattr(task, "collect", None)):
         raise ConfigError(f"{source}: task {kind} has no method collect(epoch), which returns the data of an epoch")
@@ -101,5 +109,10 @@ def check_task(task: Any, source: str) -> None:
                 raise ConfigError(
                     f"{source}: objective {name!r} of task {kind} lacks {needed!r} of model, guess, targets, loss"
                 )
+        if not isinstance(objective.model, nn.Module):
+            found = type(objective.model).__name__
+            raise ConfigError(f"{source}: the model of objective {name!r} is a {found}, not a torch.nn.Module")
+        _check_callable(objective, ("guess", "targets", "loss", "weight", "updated"), f"{source}: objective {name!r}")
+    _check_callable(task, ("join", "report", "summarise", "pictures"), f"{source}: task {kind}")
     if getattr(task, "validation", None) is not None and not callable(getattr(task, "evaluate", None)):
         raise ConfigError(f"{source}: task {kind} has validation data but no method evaluate(batch)")

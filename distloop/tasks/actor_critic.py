@@ -25,7 +25,7 @@ class Actor:
     """The policy. Its loss is the clipped surrogate of proximal policy optimisation, minus an entropy bonus.
 
     ``-mean(min(r A, clip(r, 1 - c, 1 + c) A)) - b mean(H)``, with r the probability of the action over that when it was
-    taken (Schulman et al. 2017, equations 7 and 9); in the first pass r is 1, and the gradient that of the plain actor.
+    taken (Schulman et al. 2017, equations 7 and 9); before the first update r is 1, and the gradient the plain actor's.
     """
 
     def __init__(self, model: nn.Module, clip: float, entropy: float):
@@ -174,12 +174,12 @@ class ActorCritic:
         episodes = play(self._make, seeds, lambda observations, _: self._scores(observations).argmax(-1))
         return {"return": (sum(episode.total for episode in episodes), float(len(episodes)))}
 
-    def report(self) -> Figures:
+    def report(self) -> Mapping[str, tuple[float, float] | float]:
         """Return the mean return of the episodes learned from, and the steps acted so far by all ranks."""
         played, self._returns = self._returns, []
         return {
             "return": (sum(played), float(len(played))),
-            "environment_steps": (float(self._steps), 1.0 / self._site.world.size),
+            "environment_steps": self._steps,
         }
 
     def _scores(self, observations: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ class Task(Protocol):
     - ``collate``: joins a list of samples to a batch (default: torch's);
     - ``turns``: by learner, on every how many batches it takes its turn (default: on each);
     - ``join(site)``: called on every rank with its :class:`distloop.site.Site` before anything is collected;
-    - ``report() -> {figure: (sum, count)}``: what was collected since it was asked last, added up over ranks.
+    - ``report() -> {figure: (sum, count)}``: what was collected since it was asked last; sums and counts are added up
+      over ranks, and so is a number that is no pair.
     """
 
     objectives: Mapping[str, Objective]

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from distloop.errors import ConfigError
 from distloop.tasks.base import Supervised
+from distloop.tasks.checks import check_range, check_sizes
 from distloop.tasks.gpt import GPT
 from distloop.tasks.text import divide
 
@@ -71,19 +72,9 @@ class ByteLM(Supervised):
         max_bytes: int = 8_000_000,
         validation_bytes: int = 100_000,
     ):
-        if not 0.0 <= dropout < 1.0:
-            raise ConfigError(f"task.dropout: {dropout} must be at least 0 and below 1")
-        sizes = {
-            "validation_bytes": validation_bytes,
-            "context": context,
-            "width": width,
-            "layers": layers,
-            "heads": heads,
-            "max_bytes": max_bytes,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ConfigError(f"task.{name}: {size} is too small; it must be at least 1")
+        check_range(0.0, 1.0, dropout=dropout, below=True)
+        check_sizes(validation_bytes=validation_bytes, context=context, width=width, layers=layers, heads=heads)
+        check_sizes(max_bytes=max_bytes)
         if width % heads:
             raise ConfigError(f"task.heads: {heads} does not divide task.width, which is {width}")
         train, validation = divide(path, max_bytes, validation_bytes)

@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 from distloop.errors import ConfigError
 from distloop.losses import make_loss, weigher
 from distloop.tasks.base import Supervised, accuracy, split
+from distloop.tasks.checks import check_choice, check_range, check_sizes
 
 TEST_IMAGES = 360  # a fifth
 FEATURES = 64 * 4 * 4  # of an image, after the convolutions
@@ -46,12 +47,9 @@ class Digits(Supervised):
         loss: str = "cross_entropy",
         loss_options: Mapping[str, Any] | None = None,
     ):
-        if model not in ("cnn", "mlp"):
-            raise ConfigError(f"task.model: {model!r} is neither cnn nor mlp")
-        if not 0.0 <= dropout < 1.0:
-            raise ConfigError(f"task.dropout: {dropout} must be at least 0 and below 1")
-        if hidden < 1:
-            raise ConfigError(f"task.hidden: {hidden} is too small; it must be at least 1")
+        check_choice("model", model, ("cnn", "mlp"))
+        check_range(0.0, 1.0, dropout=dropout, below=True)
+        check_sizes(hidden=hidden)
         learned = make_loss(loss, loss_options, "task.loss")
         weighted = {"weight", "alpha", "ignore_index"} & {*(loss_options or ())}  # not a plain mean over samples
         images, labels = load_digits()

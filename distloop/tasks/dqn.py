@@ -15,7 +15,7 @@ from distloop.data import derive_seed
 from distloop.learner import Objective
 from distloop.memory import ReplayMemory
 from distloop.site import Site
-from distloop.tasks.checks import check_range, check_sizes
+from distloop.tasks.checks import check_positive, check_range, check_sizes
 from distloop.tasks.environments import Chances, Figures, Maker, Stream, network, play
 from distloop.uneven import PerRank
 
@@ -112,6 +112,7 @@ class DQN:
         replay_ratio: samples drawn from the memory per step acted.
         capacity: transitions remembered, over all ranks.
         priority_exponent: 0 draws them uniformly; see :class:`distloop.memory.ReplayMemory`.
+        correction_from: of the weights that make up for that, the exponent at first; 1 after ``explore_steps``.
         hidden: units of each of two hidden layers.
         discount: gamma.
         explore_from, explore_to: part of actions that are random, at first and after ``explore_steps``; linear between.
@@ -129,6 +130,7 @@ class DQN:
         replay_ratio: float = 32.0,
         capacity: int = 50_000,
         priority_exponent: float = 0.0,
+        correction_from: float = 0.4,
         hidden: int = 256,
         discount: float = 0.99,
         explore_from: float = 1.0,
@@ -141,17 +143,22 @@ class DQN:
         check_sizes(environments=environments, steps=steps, warm_up=warm_up, capacity=capacity, hidden=hidden)
         check_sizes(explore_steps=explore_steps, target_every=target_every, evaluation_episodes=evaluation_episodes)
         check_range(0.0, 1.0, discount=discount, explore_from=explore_from, explore_to=explore_to)
-        check_range(0.0, 1.0, priority_exponent=priority_exponent)
+        check_range(0.0, 1.0, priority_exponent=priority_exponent, correction_from=correction_from)
         check_range(0.0, 1.0, target_decay=target_decay, below=True)
-        check_range(0.0, replay_ratio=replay_ratio)
+        check_positive(replay_ratio=replay_ratio)
         self.make = Maker(environment)
         self._environments, self._steps, self._warm_up, self._ratio = environments, steps, warm_up, replay_ratio
         self._capacity, self._exponent, self._acted = capacity, priority_exponent, 0
-        self._exploring = explore_from, explore_to, explore_steps
+        self._exploring, self._correction = (explore_from, explore_to), correction_from
+        self._explore_steps = explore_steps
         q = network(self.make.observations, hidden, self.make.actions, activation=nn.ReLU)
-        self.learned = QLearning(q, discount, target_decay, target_every)
+        self.learned = self.make_learned(q, discount, target_decay, target_every)
         self.objectives: Mapping[str, Objective] = {"q": self.learned}
         self.validation = TensorDataset(torch.arange(evaluation_episodes))
+
+    def make_learned(self, model: nn.Module, *constants: Any) -> QLearning:
+        """Return the objective of the values; ``constants`` are those of :class:`QLearning`."""
+        return QLearning(model, *constants)
 
     def join(self, site: Site) -> None:
         self._site = site
@@ -169,6 +176,9 @@ class DQN:
         if epoch == 0:
             self._act("warm-up", self._warm_up, random=True)
         acted = self._act(epoch, self._steps)
+        if self._exponent:
+            self.memory.correction = self._along(self._correction, 1.0)
+            self.memory.floor = float(self._site.gather(torch.tensor([self.memory.least()])).min())
         return PerRank(Draws(self.memory, round(self._ratio * acted)) if acted else None)
 
     def evaluate(self, batch: tuple[Tensor]) -> Figures:
@@ -188,8 +198,11 @@ class DQN:
 
     def exploring(self) -> float:
         """Return the part of actions that are now taken at random."""
-        first, last, steps = self._exploring
-        return first + (last - first) * min(self._acted / steps, 1.0)
+        return self._along(*self._exploring)
+
+    def _along(self, first: float, last: float) -> float:
+        """Return where a straight line is now that reaches ``last`` after the steps of exploration."""
+        return first + (last - first) * min(self._acted / self._explore_steps, 1.0)
 
     @torch.no_grad()
     def _act(self, label: int | str, steps: int, *, random: bool = False) -> int:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distloop.learner import Objective
 from distloop.tasks.checks import check_sizes
 from distloop.tasks.dqn import DQN, QLearning, Transitions
 from distloop.tasks.environments import network
@@ -73,8 +71,8 @@ class Dynamics:
 class Imagination(QLearning):
     """Q-learning of every action in remembered states; what would follow comes from the world model."""
 
-    def __init__(self, model: nn.Module, world: WorldModel, **options: Any):
-        super().__init__(model, **options)
+    def __init__(self, model: nn.Module, world: WorldModel, *constants: Any):
+        super().__init__(model, *constants)
         self.world = world
 
     def guess(self, batch: Transitions) -> Tensor:
@@ -120,29 +118,28 @@ class Dyna(DQN):
         evaluation_episodes: int = 20,
     ):
         check_sizes(model_hidden=model_hidden)
+        self._model_hidden = model_hidden
         super().__init__(
             environment,
-            environments,
-            steps,
-            warm_up,
-            replay_ratio,
-            capacity,
-            0.0,
-            hidden,
-            discount,
-            explore_from,
-            explore_to,
-            explore_steps,
-            target_decay,
-            target_every,
-            evaluation_episodes,
+            environments=environments,
+            steps=steps,
+            warm_up=warm_up,
+            replay_ratio=replay_ratio,
+            capacity=capacity,
+            hidden=hidden,
+            discount=discount,
+            explore_from=explore_from,
+            explore_to=explore_to,
+            explore_steps=explore_steps,
+            target_decay=target_decay,
+            target_every=target_every,
+            evaluation_episodes=evaluation_episodes,
         )
-        self._world = WorldModel(self.make.observations, self.make.actions, model_hidden)
-        q = self.learned.model
-        self.learned = Imagination(
-            q, self._world, discount=discount, target_decay=target_decay, target_every=target_every
-        )
-        self.objectives: Mapping[str, Objective] = {"dynamics": Dynamics(self._world), "q": self.learned}
+        self.objectives = {"dynamics": Dynamics(self._world), **self.objectives}
+
+    def make_learned(self, model: nn.Module, *constants: Any) -> QLearning:
+        self._world = WorldModel(self.make.observations, self.make.actions, self._model_hidden)
+        return Imagination(model, self._world, *constants)
 
     def collect(self, epoch: int) -> PerRank:
         collected = super().collect(epoch)

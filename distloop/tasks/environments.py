@@ -95,15 +95,15 @@ def play(make: Maker, seeds: Sequence[int], act: Act) -> list[Episode]:
         act: ``act(observations (n, size), indices of the n episodes that go on) -> actions (n,)``.
     """
     environments = [make.borrow() for _ in seeds]
-    episodes = [Episode([e.reset(seed=seed)[0]]) for e, seed in zip(environments, seeds, strict=True)]
+    episodes = [Episode([_copy(e.reset(seed=seed)[0])]) for e, seed in zip(environments, seeds, strict=True)]
     running = list(range(len(seeds)))
     while running:
-        observations = torch.from_numpy(np.stack([episodes[i].observations[-1] for i in running])).float()
+        observations = torch.from_numpy(np.stack([episodes[i].observations[-1] for i in running]))
         going_on = []
         for i, action in zip(running, act(observations, running).tolist(), strict=True):
             episode = episodes[i]
             seen, reward, terminated, truncated, _ = environments[i].step(action + make.first_action)
-            episode.observations.append(seen)
+            episode.observations.append(_copy(seen))
             episode.actions.append(action)
             episode.rewards.append(float(reward))
             episode.terminated = bool(terminated)
@@ -129,26 +129,27 @@ class Stream:
 
     def observations(self) -> Tensor:
         """Return what is seen now, of shape (environments, size)."""
-        return torch.from_numpy(np.stack(self._seen)).float()
+        return torch.from_numpy(np.stack(self._seen))
 
     def step(self, actions: Sequence[int]) -> Rows:
         """Act once in each environment; one that has ended begins anew."""
         before, after, rewards, ends = self.observations(), [], [], []
         for i, action in enumerate(actions):
             seen, reward, terminated, truncated, _ = self._environments[i].step(action + self._make.first_action)
-            after.append(seen)
+            after.append(_copy(seen))
             rewards.append(float(reward))
             ends.append(bool(terminated))
             self._returns[i] += float(reward)
             if terminated or truncated:
                 self.finished.append(self._returns[i])
-                seen = self._reset(i)
-            self._seen[i] = seen
+                self._seen[i] = self._reset(i)
+            else:
+                self._seen[i] = after[-1]
         return (
             before,
             torch.tensor(actions),
             torch.tensor(rewards),
-            torch.from_numpy(np.stack(after)).float(),
+            torch.from_numpy(np.stack(after)),
             torch.tensor(ends),
         )
 
@@ -156,7 +157,12 @@ class Stream:
         seed = self._site.seed_of("environment", self.numbers[i], self._begun[i])
         self._begun[i] += 1
         self._returns[i] = 0.0
-        return self._environments[i].reset(seed=seed)[0]
+        return _copy(self._environments[i].reset(seed=seed)[0])
+
+
+def _copy(observation: Any) -> np.ndarray[Any, Any]:
+    """Return an observation that stays as it is: an environment may hand out its own buffer."""
+    return np.array(observation, dtype=np.float32)
 
 
 class Chances:

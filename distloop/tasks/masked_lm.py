@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from distloop.errors import ConfigError, DataError
 from distloop.learner import Objective
-from distloop.tasks.checks import check_positive, check_sizes
+from distloop.tasks.checks import check_positive, check_range, check_sizes
 from distloop.tasks.gpt import GPT
 from distloop.tasks.text import divide
 
@@ -122,8 +122,7 @@ class MaskedLM:
         check_positive(mask_rate=mask_rate)
         if mask_rate > 1.0:
             raise ConfigError(f"task.mask_rate: {mask_rate} is too large; it must be at most 1")
-        if not 0.0 <= dropout < 1.0:
-            raise ConfigError(f"task.dropout: {dropout} must be at least 0 and below 1")
+        check_range(0.0, 1.0, dropout=dropout, below=True)
         if width % heads:
             raise ConfigError(f"task.heads: {heads} does not divide task.width, which is {width}")
         train, validation = (_joined(documents) for documents in divide(path, max_bytes, validation_bytes))
