@@ -14,9 +14,10 @@ from torch import nn
 from distloop.build import Builder, Place
 from distloop.errors import ConfigError
 from distloop.settings import from_file, from_mapping, resolve
+from distloop.site import Site
 from distloop.tasks import make_task
 from distloop.tasks.gan import GAN, judged, means, verdict
-from distloop.transports import Transport
+from distloop.transports import Alone, Transport
 from distloop.world import World
 from tests.ranks import in_processes
 
@@ -92,6 +93,7 @@ def test_samples_are_drawn_after_each_evaluation_and_those_of_the_kept_model_las
 def test_what_is_evaluated_is_the_average_if_there_is_one() -> None:
     with_average, without = GAN(width=8, samples=40), GAN(width=8, samples=40, average=0.0)
     for task in (with_average, without):
+        task.join(Site(World(), Alone(), torch.device("cpu"), 0))
         generator = task.objectives["generator"]
         with torch.no_grad():
             before = task.evaluate(task.validation.tensors)["confidence"][0]
@@ -104,7 +106,9 @@ def test_what_is_evaluated_is_the_average_if_there_is_one() -> None:
 
 
 def test_the_judge_knows_digits() -> None:
-    real = GAN(samples=20).summarise(means(judged(torch.randn(9, 10))))
+    task = GAN(samples=20)
+    task.join(Site(World(), Alone(), torch.device("cpu"), 0))
+    real = task.summarise(means(judged(torch.randn(9, 10))))
     assert real["real/score"] > 9.0 and real["real/confidence"] > 0.95
 
 

@@ -28,6 +28,7 @@ Batch = tuple[Tensor, Tensor, Tensor]  # images (n, 64), noise for the discrimin
 Sums = dict[str, tuple[Tensor, float]]
 CLASSES = 10
 GROUPS = 4  # of the group norm
+JUDGE_EPOCHS = 10
 SHOWN = 8  # samples in a row of the sheet, and rows
 COVERED = 0.02  # a class is covered if at least this part of the samples, a fifth of its due, is of it
 
@@ -127,14 +128,15 @@ class GAN:
             torch.manual_seed(0)
             self._shown = torch.randn(SHOWN**2, noise)
             self.validation = TensorDataset(torch.randn(samples, noise))
-            self._judge = judge()
-        sums = judged(self._judge(images[test]))
-        self._real = {f"real/{name}": value for name, value in verdict(means(sums)).items() if name != "classes"}
+        self._unseen = images[test]
 
     def join(self, site: Site) -> None:
-        self._judge.to(site.device)
+        """Let rank 0 make the judge, and give it to all."""
+        self._judge = judge(epochs=JUDGE_EPOCHS if site.world.rank == 0 else 0).to(site.device)
         for parameter in self._judge.parameters():
             site.transport.broadcast(parameter.detach())
+        real = verdict(means(judged(self._judge(self._unseen.to(site.device)))))
+        self._real = {f"real/{name}": real[name] for name in ("score", "confidence")}
 
     def collect(self, epoch: int) -> TensorDataset:
         """Return the images, with noise for both turns."""
@@ -231,8 +233,14 @@ def _initialised(model: nn.Sequential) -> nn.Sequential:
     return model
 
 
-def judge(epochs: int = 20, batch_size: int = 64) -> nn.Module:
-    """Return a classifier of digits that has learned its training images, by a plain loop of a second or so."""
+def judge(epochs: int, batch_size: int = 64) -> nn.Module:
+    """Return a classifier of digits that has learned its training images, by a plain loop of a second or two."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _judge(epochs, batch_size)
+
+
+def _judge(epochs: int, batch_size: int) -> nn.Module:
     task = Digits()
     (objective,) = task.objectives.values()
     model, (images, labels) = objective.model, task.train.tensors
