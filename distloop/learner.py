@@ -67,10 +67,9 @@ def trained_parameters(name: str, model: nn.Module) -> Parameters:
 
 def held_modules(objective: Objective) -> dict[str, nn.Module]:
     """Return the modules that an objective holds besides its model, by attribute: a teacher, a target network."""
-    slots = (name for kind in type(objective).__mro__ for name in getattr(kind, "__slots__", ()))
-    held: dict[str, Any] = {name: getattr(objective, name, None) for name in slots} | dict(
-        getattr(objective, "__dict__", {})
-    )
+    slots = [name for kind in type(objective).__mro__ for name in getattr(kind, "__slots__", ())]
+    names = [*slots, *getattr(objective, "__dict__", {})]
+    held: dict[str, Any] = {name: getattr(objective, name, None) for name in names}
     if isinstance(objective, nn.Module):
         held |= dict(objective.named_children())
     for name, value in list(held.items()):

@@ -16,8 +16,6 @@ from distloop.loop import Update
 from distloop.transports import Transport
 
 REMEDY = "a smaller optimizer.lr, schedule.warmup_steps or gradients.clip_norm may help"
-
-
 LEAST_IDLE = 0.01  # what is less is not worth a column
 
 
