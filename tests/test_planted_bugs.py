@@ -65,14 +65,18 @@ class ForgetsTheDivision(Optimizer):
         super().apply(Collected(collected.gradients), shard)
 
 
+def weighed_by_rank(minibatches: Iterator[Minibatch], ranks: int) -> Iterator[Minibatch]:
+    for minibatch in minibatches:
+        for m in minibatch:
+            m.sample_share = m.sample_share and 1.0 / ranks / len(minibatch.micro_batches)
+        yield minibatch
+
+
 class MeanOfMeans(Batches):
     """Weighs each rank's samples equally, whatever the tail's size."""
 
     def extract(self, epoch: int, world: World) -> Iterator[Minibatch]:
-        for minibatch in super().extract(epoch, world):
-            for m in minibatch:
-                m.sample_share = m.sample_share and 1.0 / world.size / len(minibatch.micro_batches)
-            yield minibatch
+        return weighed_by_rank(super().extract(epoch, world), world.size)
 
 
 class SamplesForTokens(Batches):
@@ -86,10 +90,7 @@ class MeanOfRanks(UnevenBatches):
     """Weighs ranks equally, whatever they collected."""
 
     def extract(self, epoch: int, world: World) -> Iterator[Minibatch]:
-        for minibatch in super().extract(epoch, world):
-            for m in minibatch:
-                m.sample_share = m.sample_share and 1.0 / world.size / len(minibatch.micro_batches)
-            yield minibatch
+        return weighed_by_rank(super().extract(epoch, world), world.size)
 
 
 class EveryTurn(Turns):
