@@ -43,7 +43,7 @@ def listing(names: str) -> str:
         found: Any = getattr(getattr(module, owner), method)
         parts.setdefault(owner, []).append(_without_docstring(textwrap.dedent(inspect.getsource(found))))
     classes = [f"class {owner}:\n" + textwrap.indent("\n".join(methods), "    ") for owner, methods in parts.items()]
-    return "```python\n" + "\n".join(classes) + "```"
+    return "```python\n" + "\n\n".join(classes) + "```"
 
 
 def methods(_: str = "") -> str:
