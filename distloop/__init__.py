@@ -63,10 +63,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "losses":
+        return import_module("distloop.losses")
     if name not in _HOME:
         raise AttributeError(f"module 'distloop' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*__all__, "__version__", "losses"]

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -91,7 +91,7 @@ def config(context: click.Context, target: str, as_json: bool, traceback: bool) 
 @cli.command(context_settings=SETTINGS_FOLLOW, short_help="Draw learning curves of runs, or a schedule.")
 @click.argument("runs", nargs=-1)
 @click.option("--schedule", metavar="TARGET", help="Draw the learning rate of a run that has not begun.")
-@click.option("--output", default="plot.png", show_default=True, help="The picture: .png, .pdf, .svg or .jpg.")
+@click.option("--output", help="The picture: .png, .pdf, .svg or .jpg  [default: plot.png or schedule.png]")
 @click.option("--metric", "metrics", multiple=True, metavar="NAME", help="A panel to draw; may be given repeatedly.")
 @click.option(
     "--x", type=click.Choice(["step", "epoch", "seconds"]), default="step", show_default=True, help="Abscissa."
@@ -103,7 +103,7 @@ def plot(
     context: click.Context,
     runs: tuple[str, ...],
     schedule: str | None,
-    output: str,
+    output: str | None,
     metrics: tuple[str, ...],
     x: str,
     smooth: int,
@@ -124,17 +124,18 @@ def plot(
     def work() -> int:
         from distloop.plot import check_request
 
+        picture = Path(output or ("plot.png" if schedule is None else "schedule.png"))
         given = context.get_parameter_source
         asked = [f"--{name}" for name in ("x", "smooth") if given(name) is click.core.ParameterSource.COMMANDLINE]
-        check_request(runs, schedule, Path(output), [*(["--metric"] if metrics else []), *asked])
+        check_request(runs, schedule, picture, [*(["--metric"] if metrics else []), *asked])
         if schedule is None:
             from distloop.plot.runs import plot_runs
 
-            print(plot_runs(runs, Path(output), x=x, metrics=metrics, smooth=smooth))
+            print(plot_runs(runs, picture, x=x, metrics=metrics, smooth=smooth))
         else:
             from distloop.plot.schedule import plot_schedule
 
-            print(plot_schedule(_resolve(schedule, list(runs)), Path(output)))
+            print(plot_schedule(_resolve(schedule, list(runs)), picture))
         return 0
 
     guarded(work, traceback=traceback)
@@ -161,19 +162,36 @@ def _resolve(target: str, arguments: list[str]) -> Resolved:
 def _print_config(resolved: Resolved, *, as_json: bool) -> None:
     import json
 
-    rows = [{"key": key, "value": value, "source": source} for key, value, source in resolved.rows()]
+    found = [*resolved.rows(), *_of_the_task(resolved)]
+    rows = [{"key": key, "value": value, "source": source} for key, value, source in found]
     if as_json:
-        print(json.dumps(rows, indent=2))
+        print(json.dumps(rows, indent=2, default=str))
         return
     from rich.console import Console
     from rich.text import Text
 
-    texts = [("key", "value", "from"), *((row["key"], json.dumps(row["value"]), row["source"]) for row in rows)]
+    shown = ((row["key"], json.dumps(row["value"], default=str), row["source"]) for row in rows)
+    texts = [("key", "value", "from"), *shown]
     keys, values = (max(len(text[column]) for text in texts) for column in (0, 1))
     console = Console(highlight=False, soft_wrap=True)
     for key, value, source in texts:
         style = "bold" if key == "key" else "dim" if source == "default" else ""
         console.print(Text(f"{key:<{keys}}  {value:<{min(values, 24)}}  {source}", style=style))
+
+
+def _of_the_task(resolved: Resolved) -> list[tuple[str, Any, str]]:
+    """Return the arguments of the task that were not set, with their defaults."""
+    import inspect
+
+    from distloop.tasks import TASKS, import_object
+
+    task = resolved.config.task
+    make = import_object(TASKS.get(task.name, task.name), resolved.source("task.name"))
+    return [
+        (f"task.{name}", parameter.default, "default")
+        for name, parameter in inspect.signature(make).parameters.items()
+        if name not in task.options and parameter.default is not parameter.empty
+    ]
 
 
 def _quiet_torch() -> None:

@@ -117,7 +117,7 @@ def test_without_gymnasium_there_is_a_pip_line(monkeypatch: pytest.MonkeyPatch) 
     [
         (lambda: ActorCritic(episodes=0), "task.episodes: 0 is too small"),
         (lambda: ActorCritic(discount=1.5), r"task.discount: 1.5 must be at least 0 and at most 1"),
-        (lambda: ActorCritic(body="shred"), r"task.body: 'shred' is none of separate, shared .*'shared'"),
+        (lambda: ActorCritic(body="shred"), r"task.body: unknown 'shred' .*'shared'"),
         (lambda: DQN(target_decay=1.0), "task.target_decay: 1.0 must be at least 0 and below 1"),
         (lambda: DQN(environments=2.5), "task.environments: 2.5 is no whole number"),
         (lambda: Dyna(model_hidden=0), "task.model_hidden: 0 is too small"),

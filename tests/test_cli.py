@@ -119,7 +119,7 @@ MISTAKES = [
     (DIGITS, ["--data.micro_batch_size", "100"], 2, "100 is more than data.global_batch_size, which is 64"),
     (DIGITS, ["--strategy.name", "naiv"], 2, "unknown name 'naiv' (did you mean 'naive'?)"),
     (DIGITS, ["--task.hiden", "3"], 2, "digits takes no 'hiden' (did you mean 'hidden'?)"),
-    (DIGITS, ["--task.model", "rnn"], 2, "task.model: 'rnn' is none of cnn, mlp"),
+    (DIGITS, ["--task.model", "rnn"], 2, "command line --task.model: task.model: unknown 'rnn'"),
     (DIGITS, ["--task.name", "digit"], 2, "unknown task 'digit' (did you mean 'digits'?)"),
     (DIGITS, ["--monitor.metric", "acuracy"], 2, "no metric 'acuracy' (did you mean 'accuracy'?)"),
     (DIGITS, ["--optimizer.name", "torch.optim:Admin"], 2, "has no 'Admin'"),
@@ -156,9 +156,10 @@ MISTAKES = [
     ("gan", ["--learners.generator.optimizer.rl", "1"], 2, "learners.generator: optimizer.rl: unknown key 'rl'"),
     ("gan", ["--learners.generator.data.workers", "1"], 2, "a learner has no section 'data'"),
     ("gan", ["--learners.generator.optimizer.name", "nodam"], 2, "unknown name 'nodam'"),
-    (DIGITS, ["--task.loss", "focl"], 2, "task.loss: unknown loss 'focl' (did you mean 'focal'?)"),
+    (DIGITS, ["--task.loss", "focl"], 2, "task.loss: unknown 'focl' (did you mean 'focal'?)"),
     (DIGITS, ["--task.loss", "focal", "--task.loss_options", "{gama: 2}"], 2, "focal takes no 'gama'"),
-    (DIGITS, ["--task.loss", "mse_loss"], 2, "tensors of one shape are needed"),
+    (DIGITS, ["--task.loss", "nll_loss"], 2, "command line --task.loss: task.loss: unknown 'nll_loss'"),
+    (DIGITS, ["--task.loss", "focal", "--task.loss_options", "gamma"], 2, "must be a mapping, such as {gamma: 3}"),
     ("tests.user_tasks:NothingCollected", [], 4, "no rank collected anything"),
 ]
 

@@ -115,7 +115,7 @@ def test_the_judge_knows_digits() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss": "minmax"}, "task.loss: 'minmax' is none of non_saturating, minimax .*'minimax'"),
+        ({"loss": "minmax"}, "task.loss: unknown 'minmax' .*'minimax'"),
         ({"discriminator_updates": 0}, "task.discriminator_updates: 0 is too small"),
         ({"width": 6}, "task.width: 6 must be divisible by 4"),
         ({"average": 1.0}, "task.average: 1.0 must be at least 0 and below 1"),

@@ -350,8 +350,8 @@ def test_the_commands(tmp_path: Path) -> None:
     arguments = ("--schedule", "digits", "--schedule.name", "cosine", "--train.epochs=2")
     (end,) = run_command("plot", *arguments, folder=tmp_path, **variables)
     assert (end.code, end.err) == (0, "")
-    assert end.out == "plot.png: learning rate of 46 updates (23 per epoch), at most 0.001, at last 1.17e-06\n"
-    assert (tmp_path / "plot.png").exists()
+    assert end.out == "schedule.png: learning rate of 46 updates (23 per epoch), at most 0.001, at last 1.17e-06\n"
+    assert (tmp_path / "schedule.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ def test_learners_have_settings_and_schedules_of_their_own(tmp_path: Path) -> No
     assert taken == pytest.approx([0.01 * (1 - step / 3) for step in range(3)]), "its schedule has its own 3 updates"
     assert "second/gradient_norm" in records[-1] and "first/gradient_norm" not in records[-1]
     start = told(result, "start")[0]
-    assert start["for second"].startswith("sgd, lr 0.01, linear") and start["optimizer"].startswith(
+    assert start["for second"].startswith("sgd, lr 0.01, linear") and start["for first"].startswith(
         "sgd, lr 0.1, constant"
     )
 

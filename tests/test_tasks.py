@@ -23,7 +23,7 @@ def test_digits_are_divided_once_and_for_all() -> None:
     assert float(train.tensors[0].min()) >= 0.0 and float(train.tensors[0].max()) == 1.0
     for model in ("cnn", "mlp"):
         assert Digits(model=model).objectives["classifier"].guess((test.tensors[0][:5],)).shape == (5, 10)
-    with pytest.raises(ConfigError, match=r"task\.model: 'rnn'"):
+    with pytest.raises(ConfigError, match=r"task\.model: unknown 'rnn'"):
         Digits(model="rnn")  # type: ignore[arg-type]
 
 

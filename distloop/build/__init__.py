@@ -60,9 +60,7 @@ class Builder:
         config, world, transport = self.config, place.world, place.transport
         agree_on(transport, self._run_facts(), "the configuration")
         torch.manual_seed(config.train.seed)  # the same first weights on every rank
-        task = self._task
-        if task is None:
-            task = make_task(config.task.name, config.task.options, self.resolved.source("task.name"))
+        task = self._given_or_named()
         objectives: Mapping[str, Objective] = task.objectives
         agree_on(transport, {"objectives": list(objectives)}, "the task")
         self.resolved.check_learners(objectives)

@@ -48,8 +48,7 @@ def facts(
         lines["batch"] = _uneven(data, config.data.global_batch_size)
     lines["length"] = _length(steps, epochs_of(config))
     for learner in learners:
-        apart = learner.name in resolved.learners
-        lines[f"for {learner.name}" if apart else "optimizer"] = describe_optimizer(
+        lines[f"for {learner.name}" if resolved.learners else "optimizer"] = describe_optimizer(
             resolved.for_learner(learner.name).config, learner.base_lr
         )
     if monitored is not None:
@@ -74,7 +73,9 @@ def _length(steps: int | None, epochs: int | None) -> str:
 def _uneven(data: UnevenBatches, global_batch_size: int) -> str:
     counts = ", ".join(map(str, data.counts[:8])) + (", ..." if len(data.counts) > 8 else "")
     passes = f" x {data.passes} passes" if data.passes > 1 else ""
-    return f"{global_batch_size} samples; first the ranks have {counts} of their own{passes}, in {data.steps} steps"
+    return (
+        f"{global_batch_size} samples; in the first epoch the ranks collected {counts}{passes}, for {data.steps} steps"
+    )
 
 
 def _describe(learner: Learner) -> str:

@@ -109,7 +109,7 @@ class Fed:
     def _batches(self, data: Any, size: int) -> Batches:
         sizes = self._config.data
         facts = {"number of samples": size, "contents": fingerprint(data)}
-        agree_on(self._place.transport, facts, "the data set")
+        agree_on(self._place.transport, facts, "the data set (samples of each rank's own come as distloop.PerRank)")
         return Batches(data, Plan(size, sizes.global_batch_size, sizes.micro_batch_size), **self._options())
 
     def _options(self) -> dict[str, Any]:

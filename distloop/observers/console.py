@@ -76,12 +76,13 @@ class Console:
             print(text, flush=True)  # a rich line costs as much as ten steps of a small model
 
     def _facts(self, facts: Mapping[str, Any]) -> None:
+        width = max([14, *(len(name) + 2 for name in facts)])
         for name, text in facts.items():
-            self._entry(name, text)
+            self._entry(name, text, width)
         print(flush=True)
 
-    def _entry(self, name: str, text: object) -> None:
-        self._console.print(Text(f"{name:<14}", style="dim"), Text(str(text)), sep="")
+    def _entry(self, name: str, text: object, width: int = 14) -> None:
+        self._console.print(Text(f"{name:<{width}}", style="dim"), Text(str(text)), sep="")
 
     def _summary(self, result: Mapping[str, Any]) -> None:
         rows = {

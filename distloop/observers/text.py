@@ -37,12 +37,12 @@ def number(key: str, value: Any) -> str:
     """Return a metric's value at a fixed width."""
     if value is None:
         return f"{'-':>9}"
-    if key.endswith("samples_per_second"):
+    if key == "idle":
+        return f"{100 * value:>4.0f} %"
+    if key.endswith(("samples_per_second", "_steps")):
         return f"{value:>9,.0f}"
     if key.endswith("skipped"):
         return f"{value:>3}"
     if key.endswith(("lr", "loss_scale")):
         return f"{value:>9.3g}"
-    if key.endswith("_steps"):
-        return f"{value:>9,.0f}"
     return f"{value:>9.4f}" if abs(value) < 1e4 else f"{value:>9.3g}"

@@ -133,7 +133,7 @@ def _task(resolved: Resolved) -> Any:
         return None  # epochs do not end this run: its data need not be there yet
     torch.manual_seed(config.train.seed)  # as in a run: a task may make its data at random
     try:
-        return make_task(config.task.name, config.task.options, resolved.source("task.name"))
+        return make_task(config.task.name, config.task.options, resolved.source("task.name"), resolved.sources)
     except DistloopError:
         if (config.schedule.steps or config.train.max_steps) and not resolved.learners:
             return None

@@ -57,8 +57,8 @@ def import_object(path: str, what: str) -> Any:
     return found
 
 
-def make_task(name: str, options: Mapping[str, Any], source: str) -> Any:
-    """Return a new task.
+def make_task(name: str, options: Mapping[str, Any], source: str, sources: Mapping[str, str] | None = None) -> Any:
+    """Return a new task; ``sources`` says by dotted key where its options came from.
 
     Raises:
         ConfigError: the task is unknown, does not take an option, or lacks what a task must have; ``source`` says where
@@ -71,13 +71,19 @@ def make_task(name: str, options: Mapping[str, Any], source: str) -> Any:
     anything = any(p.kind is p.VAR_KEYWORD for p in known.values())
     for option in options:
         if option not in known and not anything:
-            raise ConfigError(f"{source}: task.{option}: {name} takes no {option!r}{nearest(option, known)}")
+            given = (sources or {}).get(f"task.{option}", source)
+            raise ConfigError(f"{given}: task.{option}: {name} takes no {option!r}{nearest(option, known)}")
     for key, parameter in known.items():
         variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         if parameter.default is parameter.empty and not variadic and key not in options:
             raise ConfigError(f"{source}: task.{key}: {name} needs a value for it")
     try:
         task = make(**options)
+    except ConfigError as failure:
+        option = str(failure).partition(":")[0]  # as in "task.width: 0 is too small"
+        if sources is None or option not in sources:
+            raise
+        raise ConfigError(f"{sources[option]}: {failure}") from failure
     except DistloopError:
         raise
     except Exception as failure:

@@ -31,7 +31,7 @@ def check_range(least: float = 0.0, most: float = math.inf, *, below: bool = Fal
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise a ConfigError, with the nearest choice, unless ``value`` is one of ``choices``."""
     if value not in choices:
-        raise ConfigError(f"task.{name}: {value!r} is none of {', '.join(choices)}{nearest(value, choices)}")
+        raise ConfigError(f"task.{name}: unknown {value!r}{nearest(value, choices)}")
 
 
 def check_positive(**numbers: float) -> None:

@@ -15,6 +15,7 @@ from distloop.tasks.base import Supervised, accuracy, split
 from distloop.tasks.checks import check_choice, check_range, check_sizes
 
 TEST_IMAGES = 360  # a fifth
+SUITABLE = ("cross_entropy", "CrossEntropyLoss", "focal", "multi_margin_loss", "MultiMarginLoss")  # for class scores
 FEATURES = 64 * 4 * 4  # of an image, after the convolutions
 
 
@@ -35,7 +36,7 @@ class Digits(Supervised):
         model: ``cnn`` (two convolutions) or ``mlp`` (one hidden layer).
         hidden: units of the hidden layer.
         dropout: part of the hidden units that are dropped in training.
-        loss: of torch.nn or of :mod:`distloop.losses`, by name, on scores of ten classes.
+        loss: ``cross_entropy``, ``focal`` or ``multi_margin_loss``; see :mod:`distloop.losses`.
         loss_options: its arguments.
     """
 
@@ -50,7 +51,10 @@ class Digits(Supervised):
         check_choice("model", model, ("cnn", "mlp"))
         check_range(0.0, 1.0, dropout=dropout, below=True)
         check_sizes(hidden=hidden)
-        learned = make_loss(loss, loss_options, "task.loss")
+        check_choice("loss", loss, SUITABLE)
+        if not isinstance(loss_options or {}, Mapping):
+            raise ConfigError(f"task.loss_options: {loss_options!r} must be a mapping, such as {{gamma: 3}}")
+        learned = make_loss(loss, loss_options, "task.loss_options")
         weighted = {"weight", "alpha", "ignore_index"} & {*(loss_options or ())}  # not a plain mean over samples
         images, labels = load_digits()
         train, test = split(len(labels), TEST_IMAGES)
@@ -62,7 +66,6 @@ class Digits(Supervised):
             TensorDataset(images[test], labels[test]),
             metrics={"accuracy": accuracy},
             weight=weigher(learned) if weighted else None,
-            evaluation_loss=None if weighted else nn.CrossEntropyLoss(),
             name="classifier",
         )
 
