@@ -99,6 +99,13 @@ class Builder:
             progress=progress,
         )
 
+    def _given_or_named(self) -> Any:
+        """Return the task object that was given, or a new one of the configured name."""
+        if self._task is not None:
+            return self._task
+        c, sources = self.config.task, self.resolved.sources
+        return make_task(c.name, c.options, self.resolved.source("task.name"), sources)
+
     def _observers(
         self, task: Any, directory: Path, steps: int | None, rank: int
     ) -> tuple[list[Observer], Progress | None]:
