@@ -235,7 +235,7 @@ def test_data_sets_that_differ_by_rank_are_refused(tmp_path: Path) -> None:
     def given(rank: int) -> distloop.Supervised:
         return task(train=Subset(train, range(rank, 40 + rank)))
 
-    with pytest.raises(MismatchError, match="ranks differ in the data set .*: contents is"):
+    with pytest.raises(MismatchError, match=r"ranks differ in the data set .*: contents is"):
         run_in_threads(2, tmp_path, given)
 
 
