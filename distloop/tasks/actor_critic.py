@@ -11,11 +11,10 @@ from torch.distributions import Categorical
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from distloop.data import derive_seed
 from distloop.learner import Objective
 from distloop.site import Site
 from distloop.tasks.checks import check_choice, check_range, check_sizes
-from distloop.tasks.environments import Chances, Episode, Figures, Maker, network, play
+from distloop.tasks.environments import Chances, Episode, Figures, Maker, network, play, returns, stacked
 from distloop.uneven import PerRank
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # observations, actions, log probabilities, advantages, returns
@@ -163,16 +162,14 @@ class ActorCritic:
         self._steps += sum(len(episode.actions) for episode in episodes)
         if not episodes:
             return PerRank(None, self._passes)
-        observations = torch.cat([_tensor(episode.observations[:-1]) for episode in episodes])
+        observations = torch.cat([stacked(episode.observations[:-1]) for episode in episodes])
         actions = torch.tensor([action for episode in episodes for action in episode.actions])
         before = torch.stack([chosen for own in log_probabilities for chosen in own])
         return PerRank(TensorDataset(observations, actions, before, advantages, returns), self._passes)
 
     def evaluate(self, batch: tuple[Tensor]) -> Figures:
         """Return the mean return of episodes in which the likeliest action is taken."""
-        seeds = [derive_seed("evaluation", number) for number in batch[0].tolist()]
-        episodes = play(self._make, seeds, lambda observations, _: self._scores(observations).argmax(-1))
-        return {"return": (sum(episode.total for episode in episodes), float(len(episodes)))}
+        return returns(self._make, batch[0], lambda observations: self._scores(observations).argmax(-1))
 
     def report(self) -> Mapping[str, tuple[float, float] | float]:
         """Return the mean return of the episodes learned from, and the steps acted so far by all ranks."""
@@ -196,7 +193,7 @@ class ActorCritic:
         """Return advantages, normalised over the episodes of all ranks, and the returns that the critic learns."""
         parts, returns = [torch.empty(0)], [torch.empty(0)]
         for episode in episodes:
-            values = self._values(_tensor(episode.observations)).double()
+            values = self._values(stacked(episode.observations)).double()
             if episode.terminated:
                 values[-1] = 0.0
             advantages = advantage(torch.tensor(episode.rewards), values, self._discount, self._trace)
@@ -226,9 +223,3 @@ def advantage(rewards: Tensor, values: Tensor, discount: float, trace: float) ->
     for t in reversed(range(len(errors))):
         found[t] = running = errors[t] + discount * trace * running
     return torch.tensor(found, dtype=torch.float64)
-
-
-def _tensor(observations: Sequence[object]) -> Tensor:
-    import numpy as np
-
-    return torch.from_numpy(np.stack(observations)).float()  # type: ignore[arg-type]

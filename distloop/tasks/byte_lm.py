@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distloop.errors import ConfigError
 from distloop.tasks.base import Supervised
-from distloop.tasks.checks import check_range, check_sizes
-from distloop.tasks.gpt import GPT
+from distloop.tasks.checks import check_sizes
+from distloop.tasks.gpt import GPT, check_transformer
 from distloop.tasks.text import divide
 
 START = 256  # the token before a chunk's first byte, so that every byte is predicted once
@@ -72,11 +71,8 @@ class ByteLM(Supervised):
         max_bytes: int = 8_000_000,
         validation_bytes: int = 100_000,
     ):
-        check_range(0.0, 1.0, dropout=dropout, below=True)
-        check_sizes(validation_bytes=validation_bytes, context=context, width=width, layers=layers, heads=heads)
-        check_sizes(max_bytes=max_bytes)
-        if width % heads:
-            raise ConfigError(f"task.heads: {heads} does not divide task.width, which is {width}")
+        check_transformer(context=context, width=width, layers=layers, heads=heads, dropout=dropout)
+        check_sizes(max_bytes=max_bytes, validation_bytes=validation_bytes)
         train, validation = divide(path, max_bytes, validation_bytes)
         super().__init__(
             GPT(

@@ -70,13 +70,13 @@ class Digits(Supervised):
         )
 
 
-def convolutions() -> nn.Sequential:
-    """Return layers that map images of shape (samples, 64) to features of shape (samples, 1024)."""
+def convolutions(channels: int = 32) -> nn.Sequential:
+    """Return layers that map images of shape (samples, 64) to features of shape (samples, 32 * channels)."""
     return nn.Sequential(
         nn.Unflatten(1, (1, 8, 8)),
-        nn.Conv2d(1, 32, 3, padding=1),
+        nn.Conv2d(1, channels, 3, padding=1),
         nn.ReLU(),
-        nn.Conv2d(32, 64, 3, padding=1),
+        nn.Conv2d(channels, 2 * channels, 3, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),

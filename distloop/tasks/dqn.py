@@ -11,12 +11,11 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from distloop.averages import MovingAverage
-from distloop.data import derive_seed
 from distloop.learner import Objective
 from distloop.memory import ReplayMemory
 from distloop.site import Site
 from distloop.tasks.checks import check_positive, check_range, check_sizes
-from distloop.tasks.environments import Chances, Figures, Maker, Stream, network, play
+from distloop.tasks.environments import Chances, Figures, Maker, Stream, network, returns
 from distloop.uneven import PerRank
 
 
@@ -183,9 +182,7 @@ class DQN:
 
     def evaluate(self, batch: tuple[Tensor]) -> Figures:
         """Return the mean return of episodes in which the best action is taken."""
-        seeds = [derive_seed("evaluation", number) for number in batch[0].tolist()]
-        episodes = play(self.make, seeds, lambda observations, _: self._best(observations))
-        return {"return": (sum(episode.total for episode in episodes), float(len(episodes)))}
+        return returns(self.make, batch[0], self._best)
 
     def report(self) -> Figures:
         """Return the mean return of episodes that have ended, the part of random actions, and the steps acted."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from distloop.data import derive_seed
 from distloop.errors import ConfigError
 from distloop.site import Site
 
@@ -98,7 +99,7 @@ def play(make: Maker, seeds: Sequence[int], act: Act) -> list[Episode]:
     episodes = [Episode([_copy(e.reset(seed=seed)[0])]) for e, seed in zip(environments, seeds, strict=True)]
     running = list(range(len(seeds)))
     while running:
-        observations = torch.from_numpy(np.stack([episodes[i].observations[-1] for i in running]))
+        observations = stacked([episodes[i].observations[-1] for i in running])
         going_on = []
         for i, action in zip(running, act(observations, running).tolist(), strict=True):
             episode = episodes[i]
@@ -115,6 +116,24 @@ def play(make: Maker, seeds: Sequence[int], act: Act) -> list[Episode]:
     return episodes
 
 
+def returns(make: Maker, numbers: Tensor, choose: Callable[[Tensor], Tensor]) -> Figures:
+    """Return the mean return of evaluation episodes, which have the same seeds in every run.
+
+    Args:
+        make: of the environments.
+        numbers: of the episodes.
+        choose: ``choose(observations (n, size)) -> actions (n,)``.
+    """
+    seeds = [derive_seed("evaluation", number) for number in numbers.tolist()]
+    episodes = play(make, seeds, lambda observations, _: choose(observations))
+    return {"return": (sum(episode.total for episode in episodes), float(len(episodes)))}
+
+
+def stacked(observations: Sequence[np.ndarray[Any, Any]]) -> Tensor:
+    """Return observations as one tensor of shape (observations, size)."""
+    return torch.from_numpy(np.stack(observations))
+
+
 class Stream:
     """Environments that go on for ever; each new episode's seed follows from the environment's and its own number."""
 
@@ -129,7 +148,7 @@ class Stream:
 
     def observations(self) -> Tensor:
         """Return what is seen now, of shape (environments, size)."""
-        return torch.from_numpy(np.stack(self._seen))
+        return stacked(self._seen)
 
     def step(self, actions: Sequence[int]) -> Rows:
         """Act once in each environment; one that has ended begins anew."""
@@ -149,7 +168,7 @@ class Stream:
             before,
             torch.tensor(actions),
             torch.tensor(rewards),
-            torch.from_numpy(np.stack(after)),
+            stacked(after),
             torch.tensor(ends),
         )
 

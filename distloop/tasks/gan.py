@@ -19,7 +19,7 @@ from distloop.optimizer import Adam, Group
 from distloop.site import Site
 from distloop.tasks.base import split
 from distloop.tasks.checks import check_choice, check_range, check_sizes
-from distloop.tasks.digits import TEST_IMAGES, load_digits
+from distloop.tasks.digits import TEST_IMAGES, convolutions, load_digits
 from distloop.tasks.sheets import sheet
 
 if TYPE_CHECKING:
@@ -240,18 +240,7 @@ def judge(epochs: int, batch_size: int = 64) -> nn.Module:
     train, _ = split(len(labels), TEST_IMAGES)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = nn.Sequential(
-            nn.Unflatten(1, (1, 8, 8)),
-            nn.Conv2d(1, 16, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(16, 32, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Flatten(),
-            nn.Linear(32 * 4 * 4, 64),
-            nn.ReLU(),
-            nn.Linear(64, CLASSES),
-        )
+        model = nn.Sequential(convolutions(16), nn.Linear(32 * 16, 64), nn.ReLU(), nn.Linear(64, CLASSES))
         weights = list(model.parameters())
         group = Group(list(range(len(weights))), [w.detach() for w in weights], weight_decay=0.0)
         for chosen in (part for _ in range(epochs) for part in train[torch.randperm(len(train))].split(batch_size)):

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distloop.errors import ConfigError
+from distloop.tasks.checks import check_range, check_sizes
+
 
 class Block(nn.Module):
     """Self-attention, by default causal, and a feed-forward layer, each added to its input."""
@@ -26,6 +29,14 @@ class Block(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=self.causal)
         x = x + self.project(attended.transpose(1, 2).reshape(batch, length, width))
         return x + F.dropout(self.forward_layer(self.norm_forward(x)), self.dropout, self.training)
+
+
+def check_transformer(*, context: int, width: int, layers: int, heads: int, dropout: float) -> None:
+    """Raise a ConfigError unless a task's options make a transformer."""
+    check_sizes(context=context, width=width, layers=layers, heads=heads)
+    check_range(0.0, 1.0, dropout=dropout, below=True)
+    if width % heads:
+        raise ConfigError(f"task.heads: {heads} does not divide task.width, which is {width}")
 
 
 class GPT(nn.Module):

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from distloop.errors import ConfigError, DataError
 from distloop.learner import Objective
-from distloop.tasks.checks import check_positive, check_range, check_sizes
-from distloop.tasks.gpt import GPT
+from distloop.tasks.checks import check_positive, check_sizes
+from distloop.tasks.gpt import GPT, check_transformer
 from distloop.tasks.text import divide
 
 MASK = 256  # the token in place of a hidden byte
@@ -117,14 +117,11 @@ class MaskedLM:
         max_bytes: int = 8_000_000,
         validation_bytes: int = 200_000,
     ):
-        check_sizes(context=context, width=width, layers=layers, heads=heads)
+        check_transformer(context=context, width=width, layers=layers, heads=heads, dropout=dropout)
         check_sizes(max_bytes=max_bytes, validation_bytes=validation_bytes)
         check_positive(mask_rate=mask_rate)
         if mask_rate > 1.0:
             raise ConfigError(f"task.mask_rate: {mask_rate} is too large; it must be at most 1")
-        check_range(0.0, 1.0, dropout=dropout, below=True)
-        if width % heads:
-            raise ConfigError(f"task.heads: {heads} does not divide task.width, which is {width}")
         train, validation = (_joined(documents) for documents in divide(path, max_bytes, validation_bytes))
         if len(validation) < context:
             raise DataError(f"task.context: {context} is more than the {len(validation)} bytes kept for evaluation")
