@@ -60,6 +60,12 @@ class RankDiedError(DistloopError):
     exit_code = 10
 
 
+class RankHungError(DistloopError):
+    """Another rank of this run has not been heard from for longer than the timeout."""
+
+    exit_code = 11
+
+
 class MismatchError(DistloopError):
     """Ranks disagree about the model or about a collective."""
 

@@ -11,7 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 from distloop.errors import ConfigError
 from distloop.strategies.base import OneShard, Options, Parameters
 from distloop.transports import Transport
-from distloop.transports.process_group import TorchTransport
 
 
 class _LossIdentity(nn.Module):
@@ -33,11 +32,9 @@ class DDP(OneShard):
 
     def __init__(self, parameters: Parameters, transport: Transport, options: Options):
         super().__init__(parameters, transport)
-        if not isinstance(transport, TorchTransport):
-            raise ConfigError("strategy.name: ddp works over torch.distributed alone; start the ranks with torchrun")
         self._reducer = DistributedDataParallel(
             _LossIdentity(parameters),
-            process_group=transport.data,
+            process_group=transport.process_group(),
             bucket_cap_mb=options.bucket_bytes(parameters) / 2**20,
             gradient_as_bucket_view=True,
             init_sync=False,  # the base class has broadcast the parameters

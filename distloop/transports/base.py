@@ -1,12 +1,18 @@
-"""What a transport is: messages between ranks, and the two collectives that control traffic needs."""
+"""What a transport is: messages between ranks, and what some transports have beyond them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+
+from distloop.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 CONTROL_TAG = 1  # keeps control messages apart from gradients, which travel with tag 0
 
@@ -31,15 +37,42 @@ class Rows:
         return self._rows
 
 
+class Shared(Protocol):
+    """Memory that ranks of one host share: what is allocated in it is summed where it lies."""
+
+    ranks: Sequence[int]  # those of this host, in order
+
+    def allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """Return zeros that the other ranks of this host see too; every rank calls it, for tensors of one size."""
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Replace ``tensor`` on the ranks of this host by their sum, added in rank order."""
+
+    def reduce_scatter(self, tensor: Tensor) -> Tensor:
+        """Sum this rank's slice of ``tensor`` over the ranks of this host; return the slice, a view."""
+
+    def all_gather(self, tensor: Tensor) -> None:
+        """Complete ``tensor`` by the slices of the other ranks of this host."""
+
+
 class Transport(ABC):
-    """Point-to-point messages between ``size`` ranks, delivered in order per (source, destination, tag)."""
+    """Point-to-point messages between ``size`` ranks, delivered in order per (source, destination, tag).
+
+    Raises, from any wait:
+        RankDiedError: a peer is gone; names it where the transport can tell.
+        RankHungError: nothing came for ``timeout`` seconds; names those not heard from.
+    """
 
     rank: int
     size: int
+    hosts: Sequence[int] = ()  # by rank, the number of its host; empty where nothing is known of hosts
+    overlaps = True  # whether messages with tag 0 may be sent by another thread, beside control messages
+    shared: Shared | None = None  # with the other ranks of this host, if there is any
+    library: Callable[[Tensor], None] | None = None  # the all-reduce of the library behind this transport
 
     @abstractmethod
     def isend(self, tensor: Tensor, to: int, tag: int = 0) -> Work:
-        """Start sending ``tensor``; do not change it before the work is complete."""
+        """Start sending ``tensor``, which is contiguous; do not change it before the work is complete."""
 
     @abstractmethod
     def irecv(self, tensor: Tensor, source: int, tag: int = 0) -> Work:
@@ -56,7 +89,7 @@ class Transport(ABC):
         rows = torch.empty((self.size, *tensor.shape), dtype=tensor.dtype)
         rows[self.rank] = tensor
         works: list[Work] = []
-        for peer in self._peers():
+        for peer in self.peers():
             works.append(self.irecv(rows[peer], peer, CONTROL_TAG))
             works.append(self.isend(tensor, peer, CONTROL_TAG))
         return Rows(rows, works)
@@ -64,16 +97,31 @@ class Transport(ABC):
     def broadcast(self, tensor: Tensor, root: int = 0) -> None:
         """Overwrite ``tensor`` on every rank by ``root``'s."""
         if self.rank == root:
-            for work in [self.isend(tensor, peer) for peer in self._peers()]:
+            for work in [self.isend(tensor, peer) for peer in self.peers()]:
                 work.wait()
         else:
             self.recv(tensor, root)
 
+    def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return zeros to be all-reduced often, in memory where that costs least; every rank calls it alike."""
+        if self.shared is not None and device.type == "cpu":
+            return self.shared.allocate(numel, dtype)
+        return torch.zeros(numel, dtype=dtype, device=device)
+
+    def process_group(self) -> dist.ProcessGroup:
+        """Return these ranks as a process group of torch.distributed.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        raise ConfigError("strategy.name: ddp works over torch.distributed alone; use naive, ring, direct or auto here")
+
     def close(self, *, failed: bool = False) -> None:  # noqa: B027 (nothing to close is the common case)
         """Leave the cluster; after a failure without waiting for anyone."""
 
-    def _peers(self) -> list[int]:
-        return [peer for peer in range(self.size) if peer != self.rank]
+    def peers(self) -> list[int]:
+        """Return the other ranks, beginning with the one behind this: so that not everyone talks to rank 0 first."""
+        return [(self.rank + i) % self.size for i in range(1, self.size)]
 
 
 class Alone(Transport):

@@ -25,6 +25,7 @@ class TorchTransport(Transport):
         self.data, self.control = data, control
         self.rank, self.size = dist.get_rank(data), dist.get_world_size(data)
         self._on_host = dist.get_backend(data) == "gloo"
+        self.library = self._all_reduce
 
     def isend(self, tensor: Tensor, to: int, tag: int = 0) -> Work:
         self._check(tensor)
@@ -46,11 +47,17 @@ class TorchTransport(Transport):
         if whole is not tensor and 0 not in tensor.stride():  # (an expanded tensor has no elements to write to)
             tensor.copy_(whole)
 
+    def process_group(self) -> dist.ProcessGroup:
+        return self.data
+
     def close(self, *, failed: bool = False) -> None:
         if failed:
             return  # destroying a group whose peers are gone can wait for ever; the process is about to end
         dist.barrier(group=self.control)
         dist.destroy_process_group()
+
+    def _all_reduce(self, tensor: Tensor) -> None:
+        dist.all_reduce(tensor, group=self.data)
 
     def _check(self, tensor: Tensor) -> None:
         if tensor.is_cuda and self._on_host:
