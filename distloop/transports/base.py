@@ -48,6 +48,9 @@ class Shared(Protocol):
     def all_reduce(self, tensor: Tensor) -> None:
         """Replace ``tensor`` on the ranks of this host by their sum, added in rank order."""
 
+    def pieces(self, tensor: Tensor) -> Sequence[Tensor]:
+        """Return the parts in which the next two take ``tensor``: itself, if it was allocated here."""
+
     def reduce_scatter(self, tensor: Tensor) -> Tensor:
         """Sum this rank's slice of ``tensor`` over the ranks of this host; return the slice, a view."""
 

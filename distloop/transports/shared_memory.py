@@ -1,0 +1,295 @@
+"""Memory that ranks of one host share, and sums in it: nothing is sent, and buckets that live there are not copied.
+
+The memory is anonymous (memfd): it has no name in /dev/shm, is not bounded by the size of that, and is gone with the
+last process that uses it, however that ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import select
+import time
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from distloop import native
+from distloop.errors import RankDiedError, RankHungError
+from distloop.transports.base import Transport
+
+SLOT = 256 * 1024  # bytes up to which a buffer is summed through a slot, with one barrier in place of two
+SCRATCH = 4 * 2**20  # bytes of a larger buffer that does not live in shared memory which are summed at a time
+LINE = 64  # bytes of a bell in the C helper
+LOOK = 50_000_000  # nanoseconds of waiting after which a rank looks whether its peers are alive
+_SUFFIX = {torch.float32: "float", torch.float64: "double"}
+_Pointers = ctypes.Array[ctypes.c_void_p]
+
+
+class _Mapping(mmap.mmap):
+    """A mapping that can be referred to weakly."""
+
+
+class Buffer:
+    """A stretch of memory per rank of this host, each mapped by all of them."""
+
+    def __init__(self, addresses: Sequence[int], size: int, keep: object):
+        self.addresses, self._size, self._keep = list(addresses), size, keep
+        self.pointers = _pointers(self.addresses)
+
+    def tensor(self, rank: int, dtype: torch.dtype, numel: int) -> Tensor:
+        """Return the beginning of a rank's stretch as a tensor."""
+        data = (ctypes.c_char * self._size).from_address(self.addresses[rank])
+        return torch.frombuffer(data, dtype=dtype, count=numel)
+
+    def part(self, offset: int, size: int) -> Buffer:
+        return Buffer([address + offset for address in self.addresses], size, self._keep)
+
+
+def _pointers(addresses: Sequence[int]) -> _Pointers:
+    return (ctypes.c_void_p * len(addresses))(*addresses)
+
+
+class Peers:
+    """The processes of a host's ranks: are they alive?"""
+
+    def __init__(self, ranks: Sequence[int], pids: Sequence[int]):
+        self._ranks: dict[int, int] = {}
+        self._poll = select.poll()
+        for rank, pid in zip(ranks, pids, strict=True):
+            if pid != os.getpid():
+                handle = os.pidfd_open(pid)
+                self._ranks[handle] = rank
+                self._poll.register(handle, select.POLLIN)
+
+    def check(self) -> None:
+        """Raise RankDiedError if one has ended."""
+        for handle, _ in self._poll.poll(0):
+            raise RankDiedError(f"rank {self._ranks[handle]} of this host has ended")
+
+    def close(self) -> None:
+        for handle in self._ranks:
+            os.close(handle)
+        self._ranks.clear()
+        self._poll = select.poll()
+
+
+class Refused(Exception):
+    """Shared memory cannot be had; the reason is one clause."""
+
+
+class SharedMemory:
+    """What the ranks of this host share; see :class:`distloop.transports.base.Shared`.
+
+    Made by :func:`share`. Every method is called by all ranks of the host, in the same order.
+    """
+
+    def __init__(self, transport: Transport, ranks: Sequence[int], pids: Sequence[int], timeout: float):
+        self.ranks, self._transport = list(ranks), transport
+        self._rank, self._size = self.ranks.index(transport.rank), len(self.ranks)
+        self._native = _declared(native.load("shared_memory"))
+        self._pids = list(pids)
+        self.peers = Peers(self.ranks, self._pids)
+        cores = len(os.sched_getaffinity(0))
+        self.spins = 4000 if cores >= self._size else 0  # where ranks share cores, spinning keeps the others from theirs
+        self.timeout = timeout
+        self._round, self._small = 0, 0
+        bells = LINE * self._size
+        memory = self.map(bells + 2 * SLOT + SCRATCH)
+        self._bells = memory.addresses[0]  # the first rank's
+        self._slots = [memory.part(bells + i * SLOT, SLOT).pointers for i in range(2)]
+        self._scratch = memory.part(bells + 2 * SLOT, SCRATCH)
+        self._buffers: dict[int, Buffer] = {}
+
+    def allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
+        size = max(numel * dtype.itemsize, 1)
+        try:
+            mappings = self._map(size)
+        except Refused:
+            return torch.zeros(numel, dtype=dtype)  # copied in and out, then, with the same sums
+        buffer = _buffer(mappings)
+        own = mappings.pop(self._rank)  # the tensor's, and gone with it; the others' go when the record does
+        self._buffers[buffer.addresses[self._rank]] = buffer
+        weakref.finalize(own, self._buffers.pop, buffer.addresses[self._rank], None)
+        return torch.frombuffer(own, dtype=dtype, count=numel)
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        if tensor.nbytes <= SLOT and tensor.dtype in _SUFFIX:
+            self._through_slots(tensor)
+            return
+        buffer = self._buffers.get(tensor.data_ptr())
+        if buffer is not None:
+            self._in_place(buffer, tensor.numel(), tensor.dtype)
+            return
+        for piece in tensor.view(-1).split(SCRATCH // tensor.element_size()):
+            staged = self._scratch.tensor(self._rank, piece.dtype, piece.numel())
+            staged.copy_(piece)
+            self._in_place(self._scratch, piece.numel(), piece.dtype)
+            piece.copy_(staged)
+
+    def pieces(self, tensor: Tensor) -> Sequence[Tensor]:
+        if tensor.data_ptr() in self._buffers:
+            return [tensor]
+        return tensor.view(-1).split(SCRATCH // tensor.element_size())
+
+    def reduce_scatter(self, tensor: Tensor) -> Tensor:
+        buffer = self._buffers.get(tensor.data_ptr())
+        if buffer is None:
+            buffer = self._scratch
+            buffer.tensor(self._rank, tensor.dtype, tensor.numel()).copy_(tensor)
+        self.barrier()
+        start, stop = self._slice(self._rank, tensor.numel())
+        self._sum(buffer, tensor.dtype, start, stop, to=[self._rank])
+        return buffer.tensor(self._rank, tensor.dtype, tensor.numel())[start:stop]
+
+    def all_gather(self, tensor: Tensor) -> None:
+        buffer = self._buffers.get(tensor.data_ptr())
+        own, staged = buffer is not None, buffer or self._scratch
+        self.barrier()
+        for rank in range(self._size):
+            if rank != self._rank or not own:
+                start, stop = self._slice(rank, tensor.numel())
+                tensor[start:stop].copy_(staged.tensor(rank, tensor.dtype, tensor.numel())[start:stop])
+        self.barrier()  # nobody changes what another still reads
+
+    def barrier(self) -> None:
+        """Return when every rank of this host has come here.
+
+        Raises:
+            RankDiedError, RankHungError: naming those who have not.
+        """
+        self._round += 1
+        self._patiently(
+            lambda entered: self._native.dl_barrier(
+                self._bells, self._rank, self._size, self._round & 0xFFFFFFFF, entered, self.spins, LOOK
+            )
+        )
+
+    def close(self) -> None:
+        self.peers.close()
+        self._buffers.clear()
+
+    def _through_slots(self, tensor: Tensor) -> None:
+        self._round += 1
+        self._small ^= 1
+        function = getattr(self._native, f"dl_small_{_SUFFIX[tensor.dtype]}")
+        address, slots, numel = tensor.data_ptr(), self._slots[self._small], tensor.numel()
+        self._patiently(
+            lambda entered: function(
+                address,
+                slots,
+                numel,
+                self._bells,
+                self._rank,
+                self._size,
+                self._round & 0xFFFFFFFF,
+                entered,
+                self.spins,
+                LOOK,
+            )
+        )
+
+    def _patiently(self, attempt: Callable[[int], int]) -> None:
+        """Call until it returns 0, looking after the peers meanwhile."""
+        if not attempt(0):
+            return
+        deadline = time.monotonic() + self.timeout
+        while attempt(1):
+            self.peers.check()
+            if time.monotonic() > deadline:
+                late = [
+                    str(rank)
+                    for i, rank in enumerate(self.ranks)
+                    if i != self._rank and self._behind(self._native.dl_arrived(self._bells, i))
+                ]
+                raise RankHungError(
+                    f"rank {self._transport.rank} waited {self.timeout:g} s in shared memory and heard nothing from "
+                    f"rank{'s' if len(late) > 1 else ''} {', '.join(late)}"
+                )
+
+    def _behind(self, arrived: int) -> bool:
+        return ((arrived - self._round) & 0xFFFFFFFF) >= 1 << 31
+
+    def _in_place(self, buffer: Buffer, numel: int, dtype: torch.dtype) -> None:
+        self.barrier()
+        start, stop = self._slice(self._rank, numel)
+        self._sum(buffer, dtype, start, stop, to=range(self._size))
+        self.barrier()
+
+    def _slice(self, rank: int, numel: int) -> tuple[int, int]:
+        """Return which elements a rank sums; in whole cache lines."""
+        lines = -(-numel // LINE)
+        return min(lines * rank // self._size * LINE, numel), min(lines * (rank + 1) // self._size * LINE, numel)
+
+    def _sum(self, buffer: Buffer, dtype: torch.dtype, start: int, stop: int, to: Sequence[int]) -> None:
+        """Sum elements ``start`` to ``stop`` over all ranks, in rank order, into those of the ranks ``to``."""
+        if dtype in _SUFFIX:
+            target = buffer.pointers if len(to) > 1 else _pointers([buffer.addresses[rank] for rank in to])
+            getattr(self._native, f"dl_sum_{_SUFFIX[dtype]}")(
+                buffer.pointers, self._size, target, len(to), start, stop
+            )
+            return
+        parts = [buffer.tensor(rank, dtype, stop)[start:] for rank in range(self._size)]
+        exact = torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
+        total = parts[0].to(exact, copy=True)
+        for part in parts[1:]:
+            total += part
+        for rank in to:
+            parts[rank].copy_(total)
+
+    def map(self, size: int) -> Buffer:
+        """Return ``size`` bytes on each rank, which last as long as the buffer. Raises Refused, on all ranks alike."""
+        return _buffer(self._map(size))
+
+    def _map(self, size: int) -> list[_Mapping]:
+        """Make ``size`` bytes on each rank and map those of all; refused by all if one cannot."""
+        handle, reserved = -1, True
+        try:
+            handle = os.memfd_create("distloop", os.MFD_CLOEXEC)
+            os.posix_fallocate(handle, 0, size)  # now, rather than by a bus error later
+        except OSError:
+            reserved = False
+        told = self._told(handle if reserved else -1)
+        handles = [told[rank] for rank in self.ranks]
+        mappings: list[_Mapping] = []
+        try:
+            for pid, theirs in zip(self._pids, handles, strict=True):
+                if theirs < 0:
+                    raise OSError("it has no memory left")
+                opened = os.open(f"/proc/{pid}/fd/{theirs}", os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    mappings.append(_Mapping(opened, size))
+                finally:
+                    os.close(opened)
+        except (OSError, ValueError):
+            mappings = []
+        everyone = self._told(len(mappings) == self._size)  # and only then close what they open
+        if handle >= 0:
+            os.close(handle)
+        if not all(everyone):
+            raise Refused(f"no {size / 2**20:.3g} MiB of memory to share could be had")
+        return mappings
+
+    def _told(self, own: int) -> list[int]:
+        return [int(row) for row in self._transport.all_gather(torch.tensor([own], dtype=torch.int64)).wait()]
+
+
+def _buffer(mappings: Sequence[_Mapping]) -> Buffer:
+    addresses = [ctypes.addressof(ctypes.c_char.from_buffer(m)) for m in mappings]
+    return Buffer(addresses, len(mappings[0]), mappings)
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Tell ctypes the arguments of the C functions, once."""
+    pointer, long, word = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32
+    meeting = [pointer, ctypes.c_int, ctypes.c_int, word, ctypes.c_int, ctypes.c_int, long]
+    library.dl_barrier.argtypes = meeting
+    library.dl_arrived.argtypes, library.dl_arrived.restype = [pointer, ctypes.c_int], word
+    for suffix in _SUFFIX.values():
+        total = [pointer, ctypes.c_int, pointer, ctypes.c_int, long, long]
+        getattr(library, f"dl_sum_{suffix}").argtypes = total
+        getattr(library, f"dl_small_{suffix}").argtypes = [pointer, pointer, long, *meeting]
+    return library
