@@ -87,9 +87,16 @@ class PrecisionSection(Section):
 
 
 class StrategySection(Section):
-    name: str = Field("ddp", description="how gradients are collected: ddp, naive")
-    bucket_mb: PositiveFloat | None = Field(None, description="largest bucket, MiB (default 2 on CPU, 25 on GPU)")
+    name: str = Field("ddp", description="how gradients are collected: ddp, naive, ring, direct, auto")
+    bucket_mb: PositiveFloat | None = Field(
+        None, description="largest bucket, MiB (default 2 on CPU, 25 on GPU; auto chooses)"
+    )
     unused_parameters: Literal["refuse", "zeros"] = Field("refuse", description="those that the loss does not reach")
+    wire_dtype: Literal["fp32", "bf16"] = Field("fp32", description="direct, auto: of gradients between ranks")
+    deterministic: bool = Field(False, description="naive: add along a fixed tree")
+    calibration: Literal["cached", "fresh"] = Field(
+        "cached", description="auto: whether measurements of the last day on the same hosts will do"
+    )
 
 
 class TrainSection(Section):
@@ -146,6 +153,10 @@ class LearnerSection(Section):
 class WorldSection(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where models run (auto: a GPU if there is one)")
     backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="of torch.distributed (auto: nccl on GPUs)")
+    transport: Literal["auto", "torch", "sockets", "shared_memory", "mpi"] = Field(
+        "auto", description="how gradients travel between CPUs (ddp: always by torch)"
+    )
+    shared_memory: bool = Field(True, description="whether ranks of one host may share memory")
     timeout: PositiveFloat = Field(300.0, description="seconds after which a missing rank is an error")
     threads: Positive | None = Field(
         None, description="torch threads per rank (default: this rank's part of the cores)"

@@ -1,4 +1,4 @@
-"""The first step is looked at before anything is sent (docs/decisions/0005)."""
+"""The first steps are looked at before anything is sent (docs/decisions/0005)."""
 
 from __future__ import annotations
 
@@ -8,24 +8,43 @@ import torch
 from torch import Tensor
 
 from distloop.errors import ConfigError
+from distloop.messages import agree_on
 from distloop.strategies import Strategy
 
 
 class FirstStepCheck:
-    """Asks of a learner's first step: is the loss one, and does it reach every parameter?"""
+    """Asks of a learner's first step: is the loss one, and does it reach every parameter?
+
+    And of its first steps: are all ranks about to do the same? Ranks that are not would add up gradients of different
+    learners without a word, or wait for each other for ever.
+    """
 
     MISSED, REACHED, IDLE = 0, 1, 2
+    STEPS = 3
 
     def __init__(self, name: str, strategy: Strategy, *, refuse_unused: bool):
         self._name, self._strategy, self._refuse_unused = name, strategy, refuse_unused
         self._reached: set[int] = set()
+        self.steps = 0  # looked at
 
     def __call__(self, loss: Any, *, idle: bool, final: bool) -> None:
         """Look at one micro-batch.
 
         Raises:
             ConfigError: on all ranks alike if it is about parameters that no gradient reaches.
+            MismatchError: on all ranks alike, if they are not at the same step of the same learner.
         """
+        if final:
+            self._agree()
+        if self.steps == 0:
+            self._look(loss, idle=idle, final=final)
+        self.steps += final
+
+    def _agree(self) -> None:
+        own = {"learner": self._name, "its step": self.steps + 1, "its collectives": list(self._strategy.plan)}
+        agree_on(self._strategy.transport, own, "what they are about to send")
+
+    def _look(self, loss: Any, *, idle: bool, final: bool) -> None:
         where = f"objective {self._name!r}: loss(guesses, targets)"
         if not isinstance(loss, Tensor):
             raise ConfigError(f"{where} returned a {type(loss).__name__}; it must return a scalar tensor")

@@ -145,7 +145,7 @@ class Learner:
         share = micro_batch.share(self.name)
         if self._check is not None:
             self._check(loss, idle=share == 0.0, final=micro_batch.final)
-            if micro_batch.final:
+            if self._check.steps == FirstStepCheck.STEPS:
                 self._check = None
         self.losses.append((share, loss.detach()))
         weight = share if self._loss_scale is None else share * self._loss_scale.scale

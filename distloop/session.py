@@ -98,6 +98,9 @@ class Session:
             with suppress(Exception):  # whatever else breaks now, the first failure is the one to report
                 self._emit("failure", {"error": f"{type(failure).__name__}: {failure}"})
             raise
+        finally:
+            for learner in self.learners:
+                learner.strategy.close()
 
     def _run(self) -> Result:
         begun = time.monotonic()

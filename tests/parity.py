@@ -253,6 +253,8 @@ def trained_by_distloop(transport: Transport, case: Case, plant: Mapping[str, An
     watched = Watched(batches, outcome)
     for _ in train(watched, plant.get("turns", Turns)(learners, every(case)), range(case.epochs), world):
         pass
+    for learner in learners:
+        learner.strategy.close()
     for name, o in objectives.items():
         outcome.parameters |= {f"{name}.{k}": p.detach().clone() for k, p in o.model.named_parameters()}
         if hasattr(o, "average"):

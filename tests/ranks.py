@@ -27,12 +27,13 @@ def in_threads(size: int, function: Callable[..., Any], *arguments: Any) -> list
     return ThreadCluster(size, timeout=20).run(lambda transport: function(transport, *arguments))
 
 
-def in_processes(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Call ``function(transport, *arguments)`` on every rank of a gloo group; return the results by rank."""
+def in_processes(size: int, function: Callable[..., Any], *arguments: Any, over: str = "torch") -> list[Any]:
+    """Call ``function(transport, *arguments)`` on every rank of a process group; return the results by rank."""
     results = _CONTEXT.Queue()
     port = free_port()
     ranks = [
-        _CONTEXT.Process(target=_rank, args=(rank, size, port, results, function, arguments)) for rank in range(size)
+        _CONTEXT.Process(target=_rank, args=(rank, size, port, over, results, function, arguments))
+        for rank in range(size)
     ]
     for process in ranks:
         process.start()
@@ -59,9 +60,15 @@ def free_port() -> int:
 
 
 def _rank(
-    rank: int, size: int, port: int, results: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int,
+    size: int,
+    port: int,
+    over: str,
+    results: Any,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
-    from distloop.transports.process_group import connect
+    from distloop.transports.join import join
     from distloop.world import World
 
     torch.set_num_threads(1)
@@ -70,7 +77,8 @@ def _rank(
     try:
         if size > 1:
             world = World(rank, size, rank, size, "test")
-            transport = connect(world, backend="gloo", device=torch.device("cpu"), timeout=30)
+            transport, notes = join(world, over, timeout=30)
+            assert not notes, notes
         value = function(transport, *arguments)
         transport.close()
         results.put(pickle.dumps((rank, value, None)))  # torch's own way would leave tensors in shared memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def facts(
     lines = {
         "task": f"{config.task.name}: " + ", ".join(_describe(learner) for learner in learners),
         "world": f"{ranks} on {place.device.type}, {threads} thread{'s' if threads > 1 else ''} each",
-        "strategy": strategy if world.size > 1 else f"none needed for one rank ({strategy} with more)",
+        "strategy": _strategy(learners, place, strategy),
     }
     plan = getattr(data, "plan", None)
     if plan is not None:
@@ -62,6 +63,17 @@ def facts(
     if steps is not None and 0 < steps <= warm_up:
         lines["note"] = f"the run ends within its warm-up of {warm_up} steps, below the full learning rate"
     return lines | {"results": str(directory)}
+
+
+def _strategy(learners: Sequence[Learner], place: Place, name: str) -> str:
+    if place.world.size == 1:
+        return f"none needed for one rank ({name} with more)"
+    how = {re.sub(r"^\d+ \w+ by ", "", line): None for learner in learners for line in learner.strategy.plan}
+    buckets = sum(len(learner.strategy.plan) for learner in learners)
+    text = name
+    if how:
+        text += f", {buckets} bucket{'s' if buckets > 1 else ''} by {', '.join(how)}"
+    return "; ".join([text, *place.notes])
 
 
 def _length(steps: int | None, epochs: int | None) -> str:

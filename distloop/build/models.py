@@ -28,7 +28,13 @@ def make_strategy(name: str, objective: Objective, place: Place, section: Strate
             "have fewer of them or none; use GroupNorm or LayerNorm, or BatchNorm"
         )
     parameters = trained_parameters(name, model)
-    options = Options(section.bucket_mb, section.unused_parameters)
+    options = Options(
+        bucket_mb=section.bucket_mb,
+        unused_parameters=section.unused_parameters,
+        wire_dtype=section.wire_dtype,
+        deterministic=section.deterministic,
+        calibration=section.calibration,
+    )
     strategy = make(section.name, parameters, place.transport, options)
     rest = {key: t for key, t in _tensors(model).items() if key not in parameters}
     for held, module in held_modules(objective).items():

@@ -25,6 +25,7 @@ class Place:
     world: World
     transport: Transport
     device: torch.device
+    notes: tuple[str, ...] = ()  # on what was not to be had
 
 
 def make_place(config: Config, world: World) -> Place:
@@ -33,7 +34,8 @@ def make_place(config: Config, world: World) -> Place:
     Raises:
         WorldError: what was asked for is not there.
     """
-    from distloop.transports.process_group import connect, nccl_unusable
+    from distloop.transports.join import join
+    from distloop.transports.process_group import nccl_unusable
 
     wanted = config.world
     gpus = torch.cuda.device_count() if wanted.device != "cpu" else 0
@@ -57,7 +59,16 @@ def make_place(config: Config, world: World) -> Place:
     if world.size == 1:
         return Place(world, Alone(), device)
     backend = wanted.backend if wanted.backend != "auto" else "nccl" if gpus else "gloo"
-    return Place(world, connect(world, backend=backend, device=device, timeout=wanted.timeout), device)
+    # torch's own reducer sends over torch's own connections; nothing else is needed then.
+    transport, notes = join(
+        world,
+        "torch" if config.strategy.name == "ddp" and wanted.transport == "auto" else wanted.transport,
+        backend=backend,
+        device=device,
+        timeout=wanted.timeout,
+        share_memory=wanted.shared_memory and config.strategy.name != "ddp",
+    )
+    return Place(world, transport, device, tuple(notes))
 
 
 def _set_threads(threads: int | None, world: World) -> None:

@@ -20,7 +20,7 @@ def all_reduce(transport: Transport, tensor: Tensor) -> None:
     what is to be received is needed. Added in the order of the ring, which begins at another rank in each part: the
     same bits on all ranks, but not those of a sum in rank order.
     """
-    rank, size = transport.rank, transport.size
+    size = transport.size
     if size == 1:
         return
     flat = tensor.view(-1)

@@ -16,7 +16,7 @@ from pathlib import Path
 FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-std=c11", "-shared", "-fPIC"]
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """A helper cannot be had here; the reason is one clause, to be put behind a colon."""
 
 
@@ -25,10 +25,10 @@ def load(name: str) -> ctypes.CDLL:
     """Return the library made of ``distloop/native/NAME.c``; calls into it release the interpreter.
 
     Raises:
-        Unavailable: not Linux, no compiler, or it failed.
+        UnavailableError: not Linux, no compiler, or it failed.
     """
     if sys.platform != "linux":
-        raise Unavailable(f"it is written for Linux, this is {platform.system()}")
+        raise UnavailableError(f"it is written for Linux, this is {platform.system()}")
     source = Path(__file__).with_name(f"{name}.c")
     compiler = os.environ.get("CC", "cc")
     mark = hashlib.sha256("\0".join([source.read_text(), compiler, *FLAGS, _machine()]).encode()).hexdigest()[:16]
@@ -38,7 +38,7 @@ def load(name: str) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(library))
     except OSError as failure:
-        raise Unavailable(f"{library.name} does not load ({failure})") from failure
+        raise UnavailableError(f"{library.name} does not load ({failure})") from failure
 
 
 def cache() -> Path:
@@ -65,7 +65,7 @@ def _fallback() -> Path:
 
 def _compile(compiler: str, source: Path, library: Path) -> None:
     if shutil.which(compiler) is None:
-        raise Unavailable(f"there is no C compiler ({compiler}) here")
+        raise UnavailableError(f"there is no C compiler ({compiler}) here")
     # Several ranks may do this at once: each makes a file of its own, and renaming is atomic.
     handle, made = tempfile.mkstemp(suffix=".so", dir=library.parent)
     os.close(handle)
@@ -75,10 +75,10 @@ def _compile(compiler: str, source: Path, library: Path) -> None:
         )
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[0]
-            raise Unavailable(f"{compiler} could not compile {source.name} ({reason})")
+            raise UnavailableError(f"{compiler} could not compile {source.name} ({reason})")
         Path(made).rename(library)
     except (OSError, subprocess.TimeoutExpired) as failure:
-        raise Unavailable(f"{compiler} could not compile {source.name} ({failure})") from failure
+        raise UnavailableError(f"{compiler} could not compile {source.name} ({failure})") from failure
     finally:
         Path(made).unlink(missing_ok=True)
 

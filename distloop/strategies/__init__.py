@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-from distloop.collectives import ALL_REDUCE
 from distloop.strategies.base import Options, Parameters, Segment, Shard, Strategy
 from distloop.transports import Transport
 
@@ -22,13 +21,33 @@ def _ddp(parameters: Parameters, transport: Transport, options: Options) -> Stra
 
 
 def _naive(parameters: Parameters, transport: Transport, options: Options) -> Strategy:
-    from distloop.strategies.all_reduce import BucketedAllReduce
+    from distloop.strategies.plans import fixed
 
-    return BucketedAllReduce(parameters, transport, options, ALL_REDUCE["naive"])
+    return fixed("tree" if options.deterministic else "naive_pipelined", parameters, transport, options)
+
+
+def _ring(parameters: Parameters, transport: Transport, options: Options) -> Strategy:
+    from distloop.strategies.plans import fixed
+
+    return fixed("ring", parameters, transport, options)
+
+
+def _direct(parameters: Parameters, transport: Transport, options: Options) -> Strategy:
+    from distloop.strategies.plans import fixed
+
+    return fixed("direct", parameters, transport, options)
+
+
+def _auto(parameters: Parameters, transport: Transport, options: Options) -> Strategy:
+    from distloop.strategies.plans import fastest
+
+    return fastest(parameters, transport, options)
 
 
 # What a configuration may name. ``single`` is not among them: it is what each of them comes to on one rank.
-STRATEGIES: dict[str, Make] = {"ddp": _ddp, "naive": _naive}
+STRATEGIES: dict[str, Make] = {"ddp": _ddp, "naive": _naive, "ring": _ring, "direct": _direct, "auto": _auto}
+# Which options a strategy reads, beside those that all of them do.
+READS = {"naive": {"deterministic"}, "direct": {"wire_dtype"}, "auto": {"wire_dtype", "calibration"}}
 
 
 def make(name: str, parameters: Parameters, transport: Transport, options: Options) -> Strategy:
@@ -36,4 +55,4 @@ def make(name: str, parameters: Parameters, transport: Transport, options: Optio
     return (_single if transport.size == 1 else STRATEGIES[name])(parameters, transport, options)
 
 
-__all__ = ["STRATEGIES", "Options", "Parameters", "Segment", "Shard", "Strategy", "make"]
+__all__ = ["READS", "STRATEGIES", "Options", "Parameters", "Segment", "Shard", "Strategy", "make"]

@@ -1,25 +1,31 @@
-"""Gradients in flat buckets, each summed over all ranks by an all-reduce that is plugged in."""
+"""Gradients in flat buckets, each summed over all ranks by an all-reduce that is plugged in, while backward runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from distloop.collectives import AllReduce
-from distloop.errors import ConfigError
+from distloop.errors import ConfigError, DistloopError
+from distloop.messages import agree_on
 from distloop.strategies.base import Options, Parameters, Segment, Strategy
+from distloop.strategies.buckets import Capacity, fill
+from distloop.strategies.lane import Lane
 from distloop.transports import Transport
+
+Choose = Callable[[Tensor], tuple[str, AllReduce]]  # the algorithm for a bucket, and its name
 
 
 class Bucket:
     """Parameters of one dtype and device whose gradients lie side by side in one flat tensor."""
 
-    def __init__(self, members: Parameters):
+    def __init__(self, members: Parameters, transport: Transport):
         first = next(iter(members.values()))
         self.shard = [Segment(name, p, 0, p.numel(), p.detach()) for name, p in members.items()]
-        self.flat = torch.zeros(sum(s.stop for s in self.shard), dtype=first.dtype, device=first.device)
+        self.flat = transport.allocate(sum(s.stop for s in self.shard), first.dtype, first.device)
         sizes = [segment.stop for segment in self.shard]
         # With the parameter's own strides (channels_last, say): optimizers walk both side by side in memory.
         self.gradients = [
@@ -28,6 +34,8 @@ class Bucket:
         ]
         for segment, view in zip(self.shard, self.gradients, strict=True):
             segment.parameter.grad = view
+        self.missing = len(self.shard)  # gradients that the final backward has not completed yet
+        self.sent: torch.cuda.Event | None = None
 
     def check(self) -> None:
         """Raise if a gradient was moved out of the bucket: what is sent would not be what was computed."""
@@ -40,41 +48,99 @@ class Bucket:
 
 
 class BucketedAllReduce(Strategy):
-    """Every rank gets the sum of every bucket and updates its replica."""
+    """Every rank gets the sum of every bucket and updates its replica.
 
-    def __init__(self, parameters: Parameters, transport: Transport, options: Options, all_reduce: AllReduce):
+    Buckets leave in one order, the same on every rank, each as soon as the final backward has completed it and those
+    before it; they arrive one by one at the optimizer. What no loss has reached is sent as zeros.
+    """
+
+    def __init__(
+        self, parameters: Parameters, transport: Transport, options: Options, choose: Choose, capacity: Capacity
+    ):
         super().__init__(parameters, transport)
-        self._all_reduce = all_reduce
-        self.buckets = [Bucket(members) for members in fill(parameters, options.bucket_bytes(parameters))]
+        self.buckets = [Bucket(members, transport) for members in fill(parameters, capacity)]
         self.shards = [bucket.shard for bucket in self.buckets]
+        self._algorithms = [choose(bucket.flat) for bucket in self.buckets]
+        self.plan = [
+            f"{len(bucket.flat)} {str(bucket.flat.dtype).removeprefix('torch.')} by {name}"
+            for bucket, (name, _) in zip(self.buckets, self._algorithms, strict=True)
+        ]
+        agree_on(transport, {"buckets": self.plan}, "how gradients are collected")
+        self._step, self._final, self._complete = 0, False, 0
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        overlaps = transport.overlaps and len(self.buckets) > 1
+        self._lane = Lane(self._send, threaded=overlaps)
+        self._stream = torch.cuda.Stream() if self.buckets[0].flat.is_cuda else None
+        self._starts: list[torch.cuda.Event | None] = [None] * len(self.buckets)
+        if overlaps:
+            for i, bucket in enumerate(self.buckets):
+                completed = partial(self._completed, i)
+                self._hooks += [s.parameter.register_post_accumulate_grad_hook(completed) for s in bucket.shard]
 
     def backward(self, loss: Tensor, weight: float, *, final: bool) -> None:
-        loss.backward(self.initial_gradient(loss, weight), inputs=self._list)
+        if final:
+            self._step += 1
+            self._complete = 0
+            for bucket in self.buckets:
+                bucket.check()  # now, before the first of them is sent
+                bucket.missing = len(bucket.shard)
+            self._lane.start()
+            self._final = True
+        try:
+            loss.backward(self.initial_gradient(loss, weight), inputs=self._list)
+        finally:
+            self._final = False
 
     def collect(self) -> Iterator[tuple[int, Sequence[Tensor]]]:
-        for bucket in self.buckets:
-            bucket.check()
+        self._mark(self._complete, len(self.buckets))
+        self._lane.ready(len(self.buckets), soon_awaited=True)
         for i, bucket in enumerate(self.buckets):
-            self._all_reduce(self.transport, bucket.flat)
+            self._lane.wait(i)
+            if bucket.sent is not None:
+                torch.cuda.current_stream().wait_event(bucket.sent)
             yield i, bucket.gradients
 
     def settle(self) -> None:
+        self._lane.wait(len(self.buckets) - 1)  # an overflow may have ended the stream; the ranks still do the same
         for bucket in self.buckets:
             bucket.flat.zero_()
 
+    def close(self) -> None:
+        self._lane.close()
+        for hook in self._hooks:
+            hook.remove()
 
-def fill(parameters: Parameters, capacity: int) -> list[Parameters]:
-    """Deal parameters into buckets of at most ``capacity`` bytes (a larger parameter has one of its own).
+    def _completed(self, i: int, parameter: Tensor) -> None:
+        """Note that backward has added its last to a parameter's gradient; send what can be sent."""
+        if not self._final:
+            return
+        self.buckets[i].missing -= 1
+        first, last = self._complete, len(self.buckets)
+        while self._complete < last and self.buckets[self._complete].missing <= 0:
+            self._complete += 1
+        if self._complete > first:
+            self._mark(first, self._complete)
+            self._lane.ready(self._complete, soon_awaited=self._complete == last)
 
-    In reverse order of definition, because backward makes the last layer's gradients first.
-    """
-    buckets: list[dict[str, torch.nn.Parameter]] = []
-    kind, room = None, 0
-    for name, p in reversed(list(parameters.items())):
-        size = p.numel() * p.element_size()
-        if (p.dtype, p.device) != kind or size > room:
-            buckets.append({})
-            kind, room = (p.dtype, p.device), capacity
-        buckets[-1][name] = p
-        room -= size
-    return list(buckets)
+    def _mark(self, first: int, last: int) -> None:
+        """Note where backward's stream is, for the thread that sends to wait for."""
+        if self._stream is not None:
+            event = torch.cuda.current_stream().record_event()
+            self._starts[first:last] = [event] * (last - first)
+
+    def _send(self, i: int) -> None:
+        bucket, (name, all_reduce) = self.buckets[i], self._algorithms[i]
+        bucket.check()
+        try:
+            if self._stream is None:
+                all_reduce(self.transport, bucket.flat)
+                return
+            start = self._starts[i]
+            assert start is not None
+            with torch.cuda.stream(self._stream):
+                self._stream.wait_event(start)
+                all_reduce(self.transport, bucket.flat)
+                bucket.sent = self._stream.record_event()
+        except DistloopError as failure:
+            where = f"step {self._step}, bucket {i + 1} of {len(self.buckets)}"
+            raise type(failure)(f"{where} ({name}, {bucket.flat.nbytes:,} bytes): {failure}") from failure

@@ -36,6 +36,9 @@ class Options:
 
     bucket_mb: float | None = None  # None: 2 on CPU, 25 on GPU
     unused_parameters: Literal["refuse", "zeros"] = "refuse"
+    wire_dtype: Literal["fp32", "bf16"] = "fp32"
+    deterministic: bool = False
+    calibration: Literal["cached", "fresh"] = "cached"
 
     def bucket_bytes(self, parameters: Parameters) -> int:
         """Return the largest size of a bucket in bytes."""
@@ -55,6 +58,7 @@ class Strategy(ABC):
     """
 
     shards: Sequence[Shard]  # what this rank's optimizer updates
+    plan: Sequence[str] = ()  # what it sends in a step, in order; where it is known
     needs_every_gradient = False  # whether each rank's loss must reach every parameter
 
     def __init__(self, parameters: Parameters, transport: Transport):
@@ -89,6 +93,9 @@ class Strategy(ABC):
     @abstractmethod
     def settle(self) -> None:
         """Return when this rank's model has every new value and the gradients are cleared."""
+
+    def close(self) -> None:  # noqa: B027 (nothing to close is the common case)
+        """Let go of threads; the strategy collects no more."""
 
     def null_loss(self) -> Tensor:
         """Return a loss of zero that touches every parameter: the turn of a rank that has no samples."""

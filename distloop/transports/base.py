@@ -40,7 +40,9 @@ class Rows:
 class Shared(Protocol):
     """Memory that ranks of one host share: what is allocated in it is summed where it lies."""
 
-    ranks: Sequence[int]  # those of this host, in order
+    @property
+    def ranks(self) -> Sequence[int]:
+        """The ranks of this host, in order."""
 
     def allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
         """Return zeros that the other ranks of this host see too; every rank calls it, for tensors of one size."""
@@ -71,6 +73,7 @@ class Transport(ABC):
     hosts: Sequence[int] = ()  # by rank, the number of its host; empty where nothing is known of hosts
     overlaps = True  # whether messages with tag 0 may be sent by another thread, beside control messages
     shared: Shared | None = None  # with the other ranks of this host, if there is any
+    calibrated: object = None  # what has been measured of it, for collectives that choose by it
     library: Callable[[Tensor], None] | None = None  # the all-reduce of the library behind this transport
 
     @abstractmethod

@@ -14,32 +14,32 @@ from distloop import native
 from distloop.transports.base import Transport
 
 
-def find_hosts(transport: Transport) -> tuple[list[int], list[int]]:
+def _find(transport: Transport) -> tuple[list[int], list[int]]:
     """Return the number of each rank's host, counted in order of its first rank, and each rank's process id there."""
     rows = transport.all_gather(torch.tensor([_digest(host()), os.getpid()], dtype=torch.int64)).wait().tolist()
     numbers: dict[int, int] = {}
     return [numbers.setdefault(digest, len(numbers)) for digest, _ in rows], [pid for _, pid in rows]
 
 
-def share(transport: Transport, timeout: float) -> str | None:
+def share(transport: Transport, timeout: float, *, wanted: bool = True) -> str | None:
     """Tell ``transport`` which ranks share a host, and give it memory shared by them, if there are any.
 
     Returns:
         One clause that says why ranks of one host do not share memory; None if they do, or if no two share a host.
     """
-    from distloop.transports.shared_memory import Refused, SharedMemory
+    from distloop.transports.shared_memory import RefusedError, SharedMemory
 
-    hosts, pids = find_hosts(transport)
+    hosts, pids = _find(transport)
     transport.hosts = hosts
     if len(set(hosts)) == len(hosts):
         return None
-    reason = _unusable()
+    reason = _unusable() if wanted else "world.shared_memory is false"
     if int(transport.all_gather(torch.tensor([reason is None])).wait().min()) == 0:
         return reason or "it cannot be had on another rank"
     ranks = [rank for rank, number in enumerate(hosts) if number == hosts[transport.rank]]
     try:
         transport.shared = SharedMemory(transport, ranks, [pids[rank] for rank in ranks], timeout)
-    except Refused as refusal:
+    except RefusedError as refusal:
         return str(refusal)
     return None
 
@@ -60,7 +60,7 @@ def _unusable() -> str | None:
     try:
         native.load("shared_memory")
         os.close(os.pidfd_open(os.getpid()))
-    except native.Unavailable as reason:
+    except native.UnavailableError as reason:
         return str(reason)
     except (OSError, AttributeError) as failure:
         return f"this system does not let processes watch each other ({failure})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from distloop.errors import WorldError
+from distloop.transports import process_group
 from distloop.transports.base import Transport
 from distloop.transports.hosts import share
 from distloop.world import World
@@ -25,8 +26,8 @@ def join(
 
     Args:
         world: this process's place.
-        name: of the transport of gradients: torch, sockets, shared_memory, mpi; or auto, which takes shared memory where
-            all ranks share a host, else sockets, and torch for models on GPUs.
+        name: of the transport of gradients: torch, sockets, shared_memory, mpi; or auto, which takes shared memory
+            where all ranks share a host, else sockets, and torch for models on GPUs.
         backend: of torch.distributed, by which ranks meet if it is not by MPI.
         device: where this rank's model lives.
         timeout: seconds after which a silent peer is an error.
@@ -38,33 +39,23 @@ def join(
     Raises:
         WorldError: the ranks did not find each other, or what was asked for is not there.
     """
-    transport = _meet(world, name, backend, device, timeout)
+    transport = process_group.connect(world, backend=backend, device=device, timeout=timeout)
     if device.type != "cpu":
         if name in ("sockets", "shared_memory"):
             raise WorldError(f"world.transport: {name} carries tensors of CPUs; use torch for models on GPUs")
         return transport, []
-    reason = share(transport, timeout) if share_memory else "world.shared_memory is false"
-    notes = [] if reason is None else [f"ranks of one host do not share memory: {reason}"]
-    if name in ("auto", "shared_memory"):
-        one_host = transport.shared is not None and len(transport.shared.ranks) == transport.size
-        if one_host:
-            from distloop.transports.queues import QueueTransport
-
-            return QueueTransport(transport, timeout), notes
-        if name == "shared_memory" and len(set(transport.hosts)) > 1:
-            raise WorldError("world.transport: shared_memory is for ranks of one host; use auto, sockets or torch")
-        if transport.library is None:
-            return transport, notes
-    if name in ("auto", "shared_memory", "sockets"):
-        from distloop.transports.sockets import SocketTransport
-
-        own = SocketTransport(transport, timeout)
-        own.shared = transport.shared
-        return own, notes
-    return transport, notes
+    reason = share(transport, timeout, wanted=share_memory)
+    notes = [f"ranks of one host do not share memory: {reason}"] if reason is not None else []
+    return (transport if name == "torch" else _over(transport, name, timeout)), notes
 
 
-def _meet(world: World, name: str, backend: str, device: torch.device, timeout: float) -> Transport:
-    from distloop.transports import process_group
+def _over(below: Transport, name: str, timeout: float) -> Transport:
+    """Return the transport of a name over the one by which the ranks met."""
+    from distloop.transports.queues import QueueTransport
+    from distloop.transports.sockets import SocketTransport
 
-    return process_group.connect(world, backend=backend, device=device, timeout=timeout)
+    if len(set(below.hosts)) > 1 and name == "shared_memory":
+        raise WorldError("world.transport: shared_memory is for ranks of one host; use auto, sockets or torch")
+    if name != "sockets" and below.shared is not None and len(below.shared.ranks) == below.size:
+        return QueueTransport(below, timeout)
+    return SocketTransport(below, timeout)

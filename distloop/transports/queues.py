@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 from distloop import native
 from distloop.errors import WorldError
-from distloop.transports.base import Transport
-from distloop.transports.shared_memory import LINE, Refused, SharedMemory
+from distloop.transports.base import Shared, Transport
+from distloop.transports.shared_memory import LINE, RefusedError, SharedMemory
 from distloop.transports.streams import StreamTransport
 
 QUEUE = 512 * 1024  # bytes from one rank to another
@@ -47,30 +47,33 @@ class QueueTransport(StreamTransport):
         shared = below.shared
         if not isinstance(shared, SharedMemory) or len(shared.ranks) != below.size:
             raise WorldError("shared memory is for ranks that share one host, and for hosts that let them")
-        self._library = _declared(native.load("shared_memory"))
+        library = _declared(native.load("shared_memory"))
         try:
             self._memory = shared.map(LINE + QUEUE * below.size)  # a bell, and a queue for each rank to this one
-        except Refused as refusal:
+        except RefusedError as refusal:
             raise WorldError(f"shared memory: {refusal}") from refusal
         rank, starts = below.rank, self._memory.addresses
         for source in range(below.size):
-            self._library.dl_queue_init(starts[rank] + LINE + QUEUE * source, QUEUE)
+            library.dl_queue_init(starts[rank] + LINE + QUEUE * source, QUEUE)
         streams = {
             peer: QueueStream(
-                self._library, starts[peer] + LINE + QUEUE * rank, starts[rank] + LINE + QUEUE * peer, starts[peer]
+                library, starts[peer] + LINE + QUEUE * rank, starts[rank] + LINE + QUEUE * peer, starts[peer]
             )
             for peer in below.peers()
         }
         super().__init__(below, streams, timeout)
-        self.shared, self._peers, self._spins, self._own_bell = shared, shared.peers, shared.spins, starts[rank]
-        self._seen = self._library.dl_bell(self._own_bell)
+        self.shared: Shared | None = shared
+        self._shared: SharedMemory = shared
+        self._library: ctypes.CDLL = library
+        self._own_bell: int = starts[rank]
+        self._seen: int = library.dl_bell(self._own_bell)
         shared.barrier()  # nobody writes to a queue that is not ready
 
     def idle(self, seconds: float) -> None:
         seen, self._seen = self._seen, self._library.dl_bell(self._own_bell)
         if seen == self._seen:  # nothing has come since the last look, and all that had come was moved then
-            if self._library.dl_wait(self._own_bell, seen, self._spins, int(seconds * 1e9)):
-                self._peers.check()
+            if self._library.dl_wait(self._own_bell, seen, self._shared.spins, int(seconds * 1e9)):
+                self._shared.peers.check()
             self._seen = self._library.dl_bell(self._own_bell)
 
     def close_streams(self) -> None:

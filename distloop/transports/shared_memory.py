@@ -13,6 +13,7 @@ import select
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ class Peers:
         self._poll = select.poll()
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """Shared memory cannot be had; the reason is one clause."""
 
 
@@ -88,13 +89,16 @@ class SharedMemory:
     """
 
     def __init__(self, transport: Transport, ranks: Sequence[int], pids: Sequence[int], timeout: float):
-        self.ranks, self._transport = list(ranks), transport
+        self.ranks: Sequence[int] = list(ranks)
+        self._transport = transport
         self._rank, self._size = self.ranks.index(transport.rank), len(self.ranks)
         self._native = _declared(native.load("shared_memory"))
         self._pids = list(pids)
         self.peers = Peers(self.ranks, self._pids)
         cores = len(os.sched_getaffinity(0))
-        self.spins = 4000 if cores >= self._size else 0  # where ranks share cores, spinning keeps the others from theirs
+        self.spins = (
+            4000 if cores >= self._size else 0
+        )  # where ranks share cores, spinning keeps the others from theirs
         self.timeout = timeout
         self._round, self._small = 0, 0
         bells = LINE * self._size
@@ -108,7 +112,7 @@ class SharedMemory:
         size = max(numel * dtype.itemsize, 1)
         try:
             mappings = self._map(size)
-        except Refused:
+        except RefusedError:
             return torch.zeros(numel, dtype=dtype)  # copied in and out, then, with the same sums
         buffer = _buffer(mappings)
         own = mappings.pop(self._rank)  # the tensor's, and gone with it; the others' go when the record does
@@ -133,7 +137,7 @@ class SharedMemory:
     def pieces(self, tensor: Tensor) -> Sequence[Tensor]:
         if tensor.data_ptr() in self._buffers:
             return [tensor]
-        return tensor.view(-1).split(SCRATCH // tensor.element_size())
+        return list(tensor.view(-1).split(SCRATCH // tensor.element_size()))
 
     def reduce_scatter(self, tensor: Tensor) -> Tensor:
         buffer = self._buffers.get(tensor.data_ptr())
@@ -228,9 +232,7 @@ class SharedMemory:
         """Sum elements ``start`` to ``stop`` over all ranks, in rank order, into those of the ranks ``to``."""
         if dtype in _SUFFIX:
             target = buffer.pointers if len(to) > 1 else _pointers([buffer.addresses[rank] for rank in to])
-            getattr(self._native, f"dl_sum_{_SUFFIX[dtype]}")(
-                buffer.pointers, self._size, target, len(to), start, stop
-            )
+            getattr(self._native, f"dl_sum_{_SUFFIX[dtype]}")(buffer.pointers, self._size, target, len(to), start, stop)
             return
         parts = [buffer.tensor(rank, dtype, stop)[start:] for rank in range(self._size)]
         exact = torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
@@ -241,7 +243,7 @@ class SharedMemory:
             parts[rank].copy_(total)
 
     def map(self, size: int) -> Buffer:
-        """Return ``size`` bytes on each rank, which last as long as the buffer. Raises Refused, on all ranks alike."""
+        """Return ``size`` bytes on each rank, that last as long as the buffer. Raises RefusedError, on all ranks."""
         return _buffer(self._map(size))
 
     def _map(self, size: int) -> list[_Mapping]:
@@ -270,7 +272,7 @@ class SharedMemory:
         if handle >= 0:
             os.close(handle)
         if not all(everyone):
-            raise Refused(f"no {size / 2**20:.3g} MiB of memory to share could be had")
+            raise RefusedError(f"no {size / 2**20:.3g} MiB of memory to share could be had")
         return mappings
 
     def _told(self, own: int) -> list[int]:
@@ -285,7 +287,7 @@ def _buffer(mappings: Sequence[_Mapping]) -> Buffer:
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     """Tell ctypes the arguments of the C functions, once."""
     pointer, long, word = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32
-    meeting = [pointer, ctypes.c_int, ctypes.c_int, word, ctypes.c_int, ctypes.c_int, long]
+    meeting: list[Any] = [pointer, ctypes.c_int, ctypes.c_int, word, ctypes.c_int, ctypes.c_int, long]
     library.dl_barrier.argtypes = meeting
     library.dl_arrived.argtypes, library.dl_arrived.restype = [pointer, ctypes.c_int], word
     for suffix in _SUFFIX.values():

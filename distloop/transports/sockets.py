@@ -56,6 +56,7 @@ class SocketTransport(StreamTransport):
     """A mesh of TCP connections between ranks that have met over another transport, ``below``."""
 
     def __init__(self, below: Transport, timeout: float):
+        self.shared = below.shared
         self._connections = {peer: SocketStream(c, peer) for peer, c in connect_all(below, timeout).items()}
         super().__init__(below, self._connections, timeout)
         self._poll = select.poll()

@@ -41,7 +41,7 @@ class _Message:
 
     def __init__(self, tensor: Tensor, number: int, header: bytes | None):
         self.tensor, self.number = tensor, number
-        payload = memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+        payload = memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         self.header = bytearray(HEADER.size) if header is None else bytearray(header)
         self.parts = [memoryview(self.header), payload] if payload.nbytes else [memoryview(self.header)]
         self.left = HEADER.size + payload.nbytes
@@ -182,8 +182,9 @@ class StreamTransport(Transport):
     def _check(self, message: _Message, source: int) -> None:
         number, size = HEADER.unpack(message.header)
         if (number, size) != (message.number, message.tensor.nbytes):
+            expected = f"message {message.number} of {message.tensor.nbytes} bytes"
             raise MismatchError(
-                f"rank {self.rank} expected message {message.number} of {message.tensor.nbytes} bytes from rank {source}, "
+                f"rank {self.rank} expected {expected} from rank {source}, "
                 f"which sent message {number} of {size} bytes: the ranks do not do the same"
             )
 

@@ -1,0 +1,240 @@
+"""Which all-reduce is fastest here, for each size: measured, not guessed."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distloop import native
+from distloop.collectives import ALL_REDUCE, NARROW, AllReduce, with_wire
+from distloop.messages import gather_json
+from distloop.transports import Transport
+
+SIZES = (1 << 10, 16 << 10, 256 << 10, 2 << 20, 8 << 20)  # bytes
+BUDGET = 2.0  # seconds that measuring may take
+REPEATS = 9
+HOPELESS = 3.0  # times the best: from MEANINGFUL bytes on, such an algorithm is not looked at again
+MEANINGFUL = 256 << 10
+CLEARLY = 0.95  # of the library's time: above it the library does it
+KEPT = 24 * 3600  # seconds for which a calibration of the same ranks on the same hosts is used again
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What each algorithm took, by size, on the slowest rank: ``seconds[name][bytes]``."""
+
+    seconds: Mapping[str, Mapping[int, float]]
+    took: float = 0.0  # seconds of measuring; 0 if remembered
+
+    def estimate(self, name: str, size: int) -> float:
+        """Return the seconds an algorithm takes for ``size`` bytes: straight lines between what was measured."""
+        points = sorted(self.seconds[name].items())
+        if size <= points[0][0] or len(points) == 1:
+            return points[0][1] * max(1.0, size / points[0][0] if len(points) == 1 else 1.0)
+        (s0, t0), (s1, t1) = next(
+            (pair for pair in itertools.pairwise(points) if size <= pair[1][0]), (points[-2], points[-1])
+        )
+        return max(t0 + (t1 - t0) * (size - s0) / (s1 - s0), min(t0, t1))
+
+    def pick(self, size: int) -> str:
+        """Return the name of the fastest algorithm for ``size`` bytes; the library's if none is clearly faster."""
+        # One that was given up on is not judged beyond what is known of it.
+        known = [name for name, points in self.seconds.items() if size <= max(points) or max(points) == self._largest]
+        best = min(known, key=lambda name: self.estimate(name, size))
+        if "library" in known and self.estimate(best, size) > CLEARLY * self.estimate("library", size):
+            return "library"
+        return best
+
+    def best(self, size: int) -> float:
+        """Return the seconds that the picked algorithm takes for ``size`` bytes."""
+        return self.estimate(self.pick(size), size)
+
+    def bucket(self, waste: float) -> int:
+        """Return the smallest size whose seconds per byte are within ``1 + waste`` of the best of all sizes."""
+        sizes = [1 << e for e in range(12, 25)]
+        rate = min(self.best(size) / size for size in sizes)
+        return next(size for size in sizes if self.best(size) / size <= (1 + waste) * rate)
+
+    def describe(self) -> str:
+        """Return which algorithm does which sizes, in words."""
+        parts: list[tuple[str, int]] = []
+        for size in (1 << e for e in range(8, 28)):
+            name = self.pick(size)
+            if parts and parts[-1][0] == name:
+                parts[-1] = (name, size)
+            else:
+                parts.append((name, size))
+        told = [f"{name} to {_bytes(size)}" for name, size in parts[:-1]] + [
+            parts[-1][0] + (" beyond" if parts[1:] else "")
+        ]
+        return ", ".join(told)
+
+    def table(self) -> str:
+        """Return what was measured as text: a line per algorithm, milliseconds per size; * marks the one to use."""
+        sizes = sorted({size for points in self.seconds.values() for size in points})
+        lines = [f"{'algorithm':<16}" + "".join(f"{_bytes(size):>12}" for size in sizes)]
+        for name, points in self.seconds.items():
+            cells = [
+                f"{points[size] * 1e3:.3f}{'*' if self.pick(size) == name else ' '}" if size in points else "- "
+                for size in sizes
+            ]
+            lines.append(f"{name:<16}" + "".join(f"{cell:>12}" for cell in cells))
+        return "\n".join(lines)
+
+    @property
+    def _largest(self) -> int:
+        return max(size for points in self.seconds.values() for size in points)
+
+
+class Auto:
+    """The all-reduce that takes the fastest for each tensor; see :class:`Costs`."""
+
+    def __init__(self, costs: Costs, algorithms: Mapping[str, AllReduce]):
+        self.costs, self._algorithms = costs, algorithms
+
+    def __call__(self, transport: Transport, tensor: Tensor) -> None:
+        self.choose(tensor)[1](transport, tensor)
+
+    def choose(self, tensor: Tensor) -> tuple[str, AllReduce]:
+        """Return the name of the fastest algorithm for a tensor, and the algorithm."""
+        name = self.costs.pick(tensor.nbytes)
+        return name, self._algorithms[name]
+
+    def pick(self, size: int) -> str:
+        return self.costs.pick(size)
+
+    def table(self) -> str:
+        return self.costs.table()
+
+
+def calibrate(
+    transport: Transport,
+    *,
+    wire: torch.dtype | None = None,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 (it never changes)
+    cache: bool = True,
+    budget: float = BUDGET,
+) -> Auto:
+    """Measure the algorithms that suit these ranks; every rank calls it at the same time, and gets the same answer.
+
+    Args:
+        transport: to the other ranks.
+        wire: dtype on the wire, see :func:`distloop.collectives.direct.all_reduce`.
+        device: where the tensors will be.
+        cache: whether what the same ranks found on the same hosts within a day will do, and is to be remembered.
+        budget: seconds after which no further size is begun.
+    """
+    algorithms = candidates(transport, wire, device)
+    if len(algorithms) == 1:
+        return Auto(Costs({next(iter(algorithms)): {SIZES[0]: 1e-6}}), algorithms)
+    path = _path(transport, algorithms, wire) if cache else None
+    found = _remembered(path) if transport.rank == 0 else None
+    known = gather_json(transport, found)[0]
+    if known is not None:
+        return Auto(Costs({n: {int(s): t for s, t in p.items()} for n, p in known.items()}), algorithms)
+    costs = _measure(transport, algorithms, device, budget)
+    if path is not None and transport.rank == 0:
+        _remember(path, costs)
+    return Auto(costs, algorithms)
+
+
+def candidates(transport: Transport, wire: torch.dtype | None, device: torch.device) -> dict[str, AllReduce]:
+    """Return the algorithms that these ranks may use, by name."""
+    if device.type != "cpu":
+        return {"library": ALL_REDUCE["library"]}  # NCCL chooses by itself
+    names = ["one_shot", "direct"] if wire is not None else ["library", "one_shot", "direct", "ring", "naive_pipelined"]
+    if transport.library is None and "library" in names:
+        names.remove("library")
+    if transport.shared is not None:
+        if len(transport.shared.ranks) == transport.size:
+            names.append("shared_memory")
+        elif len(set(Counter(transport.hosts).values())) == 1:
+            names.append("hierarchical")
+    return {n: with_wire(n, wire) if wire is not None and n in NARROW else ALL_REDUCE[n] for n in names}
+
+
+def _measure(transport: Transport, algorithms: Mapping[str, AllReduce], device: torch.device, budget: float) -> Costs:
+    begun = time.monotonic()
+    seconds: dict[str, dict[int, float]] = {name: {} for name in algorithms}
+    active = list(algorithms)
+    buffer = transport.allocate(SIZES[-1] // 4, torch.float32, device)
+    for i, size in enumerate(SIZES):
+        tensor = transport.allocate(size // 4, torch.float32, device) if size < SIZES[-1] else buffer
+        once = _slowest(transport, [_timed(transport, algorithms[name], tensor) for name in active], begun)
+        spent = once.pop()
+        # As often as a fair part of what is left of the budget allows, and together: noise then hits all of them alike.
+        share = (budget - spent) / (len(SIZES) - i)
+        repeats = int(min(REPEATS, max(share / sum(once), 1 if i == 0 else 0)))
+        promising = [name for name, t in zip(active, once, strict=True) if t < 2 * HOPELESS * min(once)]
+        rounds = [[_timed(transport, algorithms[name], tensor) for name in promising] for _ in range(repeats)]
+        flat = _slowest(transport, [t for one in rounds for t in one], begun)
+        spent = flat.pop()
+        for name, t in zip(active, once, strict=True):
+            own = flat[promising.index(name) :: len(promising)] if repeats and name in promising else [t]
+            seconds[name][size] = sorted(own)[len(own) // 2]
+        best = min(points[size] for points in seconds.values() if size in points)
+        if size >= MEANINGFUL:
+            active = [n for n in active if n == "library" or seconds[n][size] < HOPELESS * best]
+        following = SIZES[i + 1] / size if i + 1 < len(SIZES) else 0
+        if spent + following * sum(seconds[name][size] for name in active) > budget:
+            break
+    return Costs(seconds, time.monotonic() - begun)
+
+
+def _timed(transport: Transport, all_reduce: AllReduce, tensor: Tensor) -> float:
+    begun = time.perf_counter()
+    all_reduce(transport, tensor)
+    return time.perf_counter() - begun
+
+
+def _slowest(transport: Transport, own: Sequence[float], begun: float) -> list[float]:
+    """Return the slowest rank's times, and behind them the seconds since ``begun``: the same list on every rank."""
+    mine = torch.tensor([*own, time.monotonic() - begun], dtype=torch.float64)
+    return [float(t) for t in transport.all_gather(mine).wait().amax(0)]
+
+
+def _path(transport: Transport, algorithms: Mapping[str, AllReduce], wire: torch.dtype | None) -> Path:
+    from distloop.transports.hosts import host
+
+    hosts = gather_json(transport, host())
+    what = [hosts, type(transport).__name__, sorted(algorithms), str(wire), torch.__version__, torch.get_num_threads()]
+    return native.cache() / f"calibration-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.json"
+
+
+def _remembered(path: Path | None) -> Any:
+    """Return the times that a file holds; None if there is none, or if it is old or broken."""
+    try:
+        if path is None or time.time() - path.stat().st_mtime > KEPT:
+            return None
+        found = json.loads(path.read_text())
+        fit = all(
+            name in ALL_REDUCE and points and all(int(s) > 0 and 0 < t < math.inf for s, t in points.items())
+            for name, points in found.items()
+        )
+        return found if fit and found else None
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def _remember(path: Path, costs: Costs) -> None:
+    try:
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(costs.seconds))
+        part.rename(path)
+    except OSError:
+        pass  # it will be measured again
+
+
+def _bytes(size: int) -> str:
+    return f"{size >> 20} MiB" if size >= 1 << 20 else f"{size >> 10} KiB" if size >= 1 << 10 else f"{size} B"
