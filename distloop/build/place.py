@@ -27,8 +27,8 @@ class Place:
     device: torch.device
 
 
-def make_place(config: Config, world: World) -> Place:
-    """Choose the device and the threads, and join the other ranks.
+def make_place(config: Config, world: World, transport: Transport | None = None) -> Place:
+    """Choose the device and the threads, and join the other ranks, unless a ``transport`` reaches them already.
 
     Raises:
         WorldError: what was asked for is not there.
@@ -54,8 +54,8 @@ def make_place(config: Config, world: World) -> Place:
     if gpus:
         torch.cuda.set_device(device)
     _set_threads(wanted.threads, world)
-    if world.size == 1:
-        return Place(world, Alone(), device)
+    if transport is not None or world.size == 1:
+        return Place(world, transport or Alone(), device)
     backend = wanted.backend if wanted.backend != "auto" else "nccl" if gpus else "gloo"
     return Place(world, connect(world, backend=backend, device=device, timeout=wanted.timeout), device)
 
