@@ -181,7 +181,11 @@ def _simulate(resolved: Resolved, ranks: int) -> Result:
     from distloop.api import simulate, simulated
 
     chosen, default = simulated(resolved).config.strategy.name, resolved.config.strategy.name
-    why = "" if chosen == default else f"; strategy {chosen}, because {default}, the default, needs processes"
+    why = (
+        ""
+        if chosen == default or ranks == 1
+        else f"; strategy {chosen}, because {default}, the default, needs processes"
+    )
     print(f"{'simulated':<14}{ranks} rank{'s' if ranks > 1 else ''} in one process, one at a time{why}", flush=True)
     return simulate(resolved, ranks)
 

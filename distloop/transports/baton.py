@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import random
-import sys
 import threading
 from collections.abc import Callable
-from typing import Any
 
+import numpy as np
 import torch
 
 
 class Generators:
-    """The states of the generators that a process has once: torch's on the CPU, Python's, and numpy's if it is there.
+    """The states of the generators that a process has once: torch's on the CPU, Python's and numpy's.
 
     Ranks that are processes have one of each, and ``torch.manual_seed`` on a rank means that rank.
     """
@@ -20,18 +19,13 @@ class Generators:
     def __init__(self) -> None:
         self._torch = torch.default_generator.get_state()
         self._python = random.getstate()
-        self._numpy: Any = numpy.get_state() if (numpy := _numpy_random()) is not None else None
+        self._numpy = np.random.get_state()
 
     def restore(self) -> None:
         """Make the process's generators go on from here."""
         torch.default_generator.set_state(self._torch)
         random.setstate(self._python)
-        if self._numpy is not None and (numpy := _numpy_random()) is not None:
-            numpy.set_state(self._numpy)
-
-
-def _numpy_random() -> Any:
-    return sys.modules.get("numpy.random")
+        np.random.set_state(self._numpy)
 
 
 class Baton:
