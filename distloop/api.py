@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from distloop.failure import lost_peer
 from distloop.records import Observer, Result
 from distloop.settings import Resolved, from_environment, from_file, from_mapping, resolve
 from distloop.tasks import check_task
+from distloop.transports import ThreadCluster, ThreadTransport, Transport
 from distloop.world import World
 
 
@@ -48,11 +50,18 @@ def fit(
     return run(resolved, World.from_environment(), task=task, observers=observers)
 
 
-def run(resolved: Resolved, world: World, *, task: Any = None, observers: Sequence[Observer] = ()) -> Result:
-    """Run a resolved configuration as the rank that ``world`` says."""
+def run(
+    resolved: Resolved,
+    world: World,
+    *,
+    task: Any = None,
+    observers: Sequence[Observer] = (),
+    transport: Transport | None = None,
+) -> Result:
+    """Run a resolved configuration as the rank that ``world`` says; over ``transport``, if the ranks have one."""
     with found_by_all():
         builder = Builder(resolved, task)
-    place = make_place(resolved.config, world)
+    place = make_place(resolved.config, world, transport)
     try:
         result = builder.session(place, observers).run()
     except BaseException as failure:
@@ -62,3 +71,34 @@ def run(resolved: Resolved, world: World, *, task: Any = None, observers: Sequen
         raise
     place.transport.close()
     return result
+
+
+def simulate(resolved: Resolved, ranks: int, *, observers: Sequence[Observer] = ()) -> Result:
+    """Run a configuration on ``ranks`` ranks that are threads of this process, one at a time; return rank 0's result.
+
+    Every rank makes its own task, by name. Ranks run on the CPU, in the same order in every run, and stand still while
+    one of them waits for a debugger.
+
+    Raises:
+        ConfigError: the configuration asks for what processes alone can do.
+    """
+    resolved = simulated(resolved)
+
+    def work(transport: ThreadTransport) -> Result:
+        world = World(transport.rank, ranks, transport.rank, ranks, "simulate")
+        return run(resolved, world, observers=observers, transport=transport)
+
+    return ThreadCluster(ranks, ordered=True).run(work)[0]
+
+
+def simulated(resolved: Resolved) -> Resolved:
+    """Return the configuration as threads can run it: on the CPU, and with a strategy that works over any transport."""
+    config = resolved.config
+    if config.world.device == "cuda":
+        raise resolved.error("world.device", "simulated ranks run on the CPU; set auto or cpu")
+    own: dict[str, Any] = {"world": config.world.model_copy(update={"device": "cpu"})}
+    sources = dict(resolved.sources)
+    if "strategy.name" not in sources:
+        own["strategy"] = config.strategy.model_copy(update={"name": "naive"})
+        sources["strategy.name"] = "simulation"
+    return replace(resolved, config=config.model_copy(update=own), sources=sources)

@@ -14,7 +14,9 @@ from distloop import __version__
 from distloop.errors import ConfigError, found_by_all, nearest
 
 if TYPE_CHECKING:
+    from distloop.records import Result
     from distloop.settings import Resolved
+    from distloop.world import World
 
 SETTINGS_FOLLOW = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["-h", "--help"]}
 SETTINGS_HELP = """
@@ -40,9 +42,16 @@ def cli() -> None:
 
 @cli.command(cls=_Command, context_settings=SETTINGS_FOLLOW, short_help="Train a configuration or a task.")
 @click.argument("target")
+@click.option(
+    "--simulate",
+    "ranks",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Run N ranks as threads of this process, one at a time: for a debugger, or to see what N ranks do.",
+)
 @click.option("--traceback", is_flag=True, help="Show where in the code an error comes from.")
 @click.pass_context
-def train(context: click.Context, target: str, traceback: bool) -> None:
+def train(context: click.Context, target: str, ranks: int | None, traceback: bool) -> None:
     """Train what TARGET says.
 
     TARGET is a configuration file, a supplied task (digits, gan, ...), or a task of your own as package.module:Class.
@@ -58,10 +67,11 @@ def train(context: click.Context, target: str, traceback: bool) -> None:
 
         world = World.from_environment()
         with found_by_all():
+            _check_simulation(ranks, world)
             resolved = _resolve(target, context.args)
         from distloop.api import run
 
-        return run(resolved, world).exit_code
+        return (run(resolved, world) if ranks is None else _simulate(resolved, ranks)).exit_code
 
     guarded(work, traceback=traceback)
 
@@ -157,6 +167,27 @@ def _resolve(target: str, arguments: list[str]) -> Resolved:
     else:
         base = settings.from_file(Path(target))
     return settings.resolve(base, settings.from_environment(), settings.from_arguments(arguments))
+
+
+def _check_simulation(ranks: int | None, world: World) -> None:
+    if ranks is not None and world.size > 1:
+        raise ConfigError(
+            f"command line: --simulate {ranks} makes its ranks in one process, and {world.launcher} started "
+            f"{world.size}: leave out one of them"
+        )
+
+
+def _simulate(resolved: Resolved, ranks: int) -> Result:
+    from distloop.api import simulate, simulated
+
+    chosen, default = simulated(resolved).config.strategy.name, resolved.config.strategy.name
+    why = (
+        ""
+        if chosen == default or ranks == 1
+        else f"; strategy {chosen}, because {default}, the default, needs processes"
+    )
+    print(f"{'simulated':<14}{ranks} rank{'s' if ranks > 1 else ''} in one process, one at a time{why}", flush=True)
+    return simulate(resolved, ranks)
 
 
 def _print_config(resolved: Resolved, *, as_json: bool) -> None:

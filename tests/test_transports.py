@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distloop.collectives import ALL_REDUCE
-from distloop.errors import RankDiedError
+from distloop.errors import RankDiedError, RankHungError
 from distloop.messages import gather_json, gather_uneven
 from distloop.transports import Alone, ThreadCluster, Transport
 from tests.ranks import in_processes, in_threads
@@ -50,6 +50,11 @@ def test_contract_in_threads(size: int) -> None:
     in_threads(size, contract)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_contract_in_threads_one_at_a_time(size: int) -> None:
+    ThreadCluster(size, ordered=True).run(contract)
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_contract_in_gloo_processes(size: int) -> None:
     in_processes(size, contract)
@@ -70,7 +75,7 @@ def test_silence_is_an_error_that_names_the_rank() -> None:
         if transport.rank == 0:
             transport.recv(torch.empty(1), 1)
 
-    with pytest.raises(TimeoutError, match="rank 0 heard nothing from rank 1"):
+    with pytest.raises(RankHungError, match="rank 0 heard nothing from rank 1"):
         ThreadCluster(2, timeout=0.1).run(work)
 
 

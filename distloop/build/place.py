@@ -28,8 +28,8 @@ class Place:
     notes: tuple[str, ...] = ()  # on what was not to be had
 
 
-def make_place(config: Config, world: World) -> Place:
-    """Choose the device and the threads, and join the other ranks.
+def make_place(config: Config, world: World, transport: Transport | None = None) -> Place:
+    """Choose the device and the threads, and join the other ranks, unless a ``transport`` reaches them already.
 
     Raises:
         WorldError: what was asked for is not there.
@@ -56,8 +56,8 @@ def make_place(config: Config, world: World) -> Place:
     if gpus:
         torch.cuda.set_device(device)
     _set_threads(wanted.threads, world)
-    if world.size == 1:
-        return Place(world, Alone(), device)
+    if transport is not None or world.size == 1:
+        return Place(world, transport or Alone(), device)
     backend = wanted.backend if wanted.backend != "auto" else "nccl" if gpus else "gloo"
     # torch's own reducer sends over torch's own connections; nothing else is needed then.
     transport, notes = join(

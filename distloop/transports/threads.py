@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from torch import Tensor
 
-from distloop.errors import RankDiedError
 from distloop.transports.base import Transport, Work
+from distloop.transports.exchange import Delay, Exchange, Ticket
 
 Result = TypeVar("Result")
-Channel = tuple[int, int, int]  # source, destination, tag
 
 
 class _Sent:
@@ -21,12 +19,15 @@ class _Sent:
         """Messages are copied when sent, so a send is complete at once."""
 
 
+_SENT = _Sent()
+
+
 class _Receiving:
-    def __init__(self, cluster: ThreadCluster, ticket: tuple[Channel, int], into: Tensor):
-        self._cluster, self._ticket, self._into = cluster, ticket, into
+    def __init__(self, exchange: Exchange, ticket: Ticket, into: Tensor):
+        self._exchange, self._ticket, self._into = exchange, ticket, into
 
     def wait(self) -> None:
-        message = self._cluster.take(self._ticket)
+        message = self._exchange.take(self._ticket)
         if message.shape != self._into.shape or message.dtype != self._into.dtype:
             (source, to, _), _ = self._ticket
             raise RuntimeError(
@@ -39,70 +40,90 @@ class _Receiving:
 class ThreadTransport(Transport):
     """One rank's end of a :class:`ThreadCluster`."""
 
-    def __init__(self, cluster: ThreadCluster, rank: int):
-        self.cluster, self.rank, self.size = cluster, rank, cluster.size
+    def __init__(self, exchange: Exchange, rank: int, *, overlaps: bool = True):
+        self._exchange, self.rank, self.size = exchange, rank, exchange.size
+        self.overlaps = overlaps
 
     def isend(self, tensor: Tensor, to: int, tag: int = 0) -> Work:
-        self.cluster.put((self.rank, to, tag), tensor.detach().clone())
-        return _Sent()
+        self._exchange.put((self.rank, to, tag), tensor.detach().clone())
+        return _SENT
 
     def irecv(self, tensor: Tensor, source: int, tag: int = 0) -> Work:
-        return _Receiving(self.cluster, self.cluster.post((source, self.rank, tag)), tensor)
+        return _Receiving(self._exchange, self._exchange.post((source, self.rank, tag)), tensor)
 
 
 class ThreadCluster:
-    """Messages between ``size`` ranks that are threads of this process."""
+    """Runs a function on ``size`` ranks that are threads of this process.
 
-    def __init__(self, size: int, timeout: float = 60.0):
-        self.size, self.timeout = size, timeout
-        self._changed = threading.Condition()
-        self._messages: dict[tuple[Channel, int], Tensor] = {}
-        # The n-th receive posted on a channel gets the n-th message sent on it, in whatever order they are waited for.
-        self._sent: Counter[Channel] = Counter()
-        self._posted: Counter[Channel] = Counter()
-        self._failed = False
+    Args:
+        timeout: seconds after which a rank that waits in vain fails; nobody needs it in order.
+        ordered: one rank runs at a time, until it waits for a message that is not there yet, or ends; then the next in
+            cyclic order that can run. A program runs the same way every time, every rank has its own random numbers
+            (torch's on the CPU, Python's, numpy's), and rank 0 is the calling thread. Ranks that wait for one another
+            are found at once. Threads that a rank starts itself may not use its transport.
+        delay: called with source, destination, tag and number of bytes of every message; returns the seconds after
+            which it is there. Has no effect in order, where time has no part.
+        failures: by rank, the number of messages that it sends before it dies: whatever it asks of its transport next
+            raises :class:`RankDiedError`.
+        silent: by rank, the number of messages that it sends before all others of it are lost.
 
-    def put(self, channel: Channel, message: Tensor) -> None:
-        with self._changed:
-            self._messages[channel, self._sent[channel]] = message
-            self._sent[channel] += 1
-            self._changed.notify_all()
+    Attributes:
+        errors: after :meth:`run`, what ended the ranks that failed, by rank, the first failure first.
+    """
 
-    def post(self, channel: Channel) -> tuple[Channel, int]:
-        with self._changed:
-            ticket = channel, self._posted[channel]
-            self._posted[channel] += 1
-            return ticket
-
-    def take(self, ticket: tuple[Channel, int]) -> Tensor:
-        (source, to, tag), _ = ticket
-        with self._changed:
-            in_time = self._changed.wait_for(lambda: ticket in self._messages or self._failed, self.timeout)
-            if ticket in self._messages:
-                return self._messages.pop(ticket)
-        if in_time:
-            raise RankDiedError(f"rank {to} stopped waiting for rank {source}: a rank failed")
-        raise TimeoutError(f"rank {to} heard nothing from rank {source} (tag {tag}) for {self.timeout} s")
+    def __init__(
+        self,
+        size: int,
+        timeout: float = 60.0,
+        *,
+        ordered: bool = False,
+        delay: Delay | None = None,
+        failures: Mapping[int, int] | None = None,
+        silent: Mapping[int, int] | None = None,
+    ):
+        self.size, self.timeout, self.ordered = size, timeout, ordered
+        self.errors: dict[int, BaseException] = {}
+        self._delay = None if ordered else delay
+        self._failures, self._silent = dict(failures or {}), dict(silent or {})
 
     def run(self, function: Callable[[ThreadTransport], Result]) -> list[Result]:
-        """Call ``function`` on every rank at once; return the results by rank, or raise the first failure."""
+        """Call ``function`` on every rank; return the results by rank, or raise the first failure.
+
+        In order the process's generators are those of rank 0 afterwards.
+        """
+        exchange = Exchange(
+            self.size,
+            self.timeout,
+            ordered=self.ordered,
+            delay=self._delay,
+            failures=self._failures,
+            silent=self._silent,
+        )
         results: dict[int, Result] = {}
-        failures: list[BaseException] = []
+        self.errors = exchange.errors
 
         def main(rank: int) -> None:
+            failure: BaseException | None = None
             try:
-                results[rank] = function(ThreadTransport(self, rank))
-            except BaseException as failure:
-                with self._changed:
-                    failures.append(failure)
-                    self._failed = True
-                    self._changed.notify_all()
+                exchange.begin(rank)
+                results[rank] = function(ThreadTransport(exchange, rank, overlaps=not self.ordered))
+            except BaseException as raised:
+                failure = raised
+            exchange.end(rank, failure)
 
-        threads = [threading.Thread(target=main, args=(rank,), name=f"rank {rank}") for rank in range(self.size)]
+        first = 1 if self.ordered else 0  # in order rank 0 is this thread
+        # As daemons, so that whoever interrupts the wait for them need not wait for their computing.
+        threads = [
+            threading.Thread(target=main, args=(rank,), name=f"rank {rank}", daemon=True)
+            for rank in range(first, self.size)
+        ]
         for thread in threads:
             thread.start()
+        if self.ordered:
+            main(0)
         for thread in threads:
             thread.join()
-        if failures:
-            raise failures[0]
+        exchange.close()
+        if exchange.errors:
+            raise next(iter(exchange.errors.values()))
         return [results[rank] for rank in range(self.size)]
