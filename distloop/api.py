@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from distloop.build import Builder, make_place
-from distloop.errors import found_by_all
+from distloop.collectives.auto import Auto
+from distloop.collectives.auto import calibrate as calibrate_transport
+from distloop.errors import WorldError, found_by_all
 from distloop.failure import lost_peer
 from distloop.records import Observer, Result
 from distloop.settings import Resolved, from_environment, from_file, from_mapping, resolve
+from distloop.strategies.plans import WIRE
 from distloop.tasks import check_task
 from distloop.transports import ThreadCluster, ThreadTransport, Transport
 from distloop.world import World
@@ -71,6 +74,30 @@ def run(
         raise
     place.transport.close()
     return result
+
+
+def calibrate(resolved: Resolved, world: World) -> Auto:
+    """Measure how fast these ranks sum gradients, by algorithm and size, and remember it for strategy ``auto``.
+
+    Raises:
+        WorldError: there is one rank, or the ranks did not find each other.
+    """
+    if world.size == 1:
+        raise WorldError("one rank has nobody to sum gradients with: start several, as for train")
+    config = resolved.config
+    place = make_place(
+        config.model_copy(update={"strategy": config.strategy.model_copy(update={"name": "auto"})}), world
+    )
+    try:
+        wire = WIRE.get(config.strategy.wire_dtype)
+        auto = calibrate_transport(place.transport, wire=wire, device=place.device, refresh=True)
+    except BaseException as failure:
+        place.transport.close(failed=True)
+        if (peer := lost_peer(failure)) is not None:
+            raise peer from failure
+        raise
+    place.transport.close()
+    return auto
 
 
 def simulate(resolved: Resolved, ranks: int, *, observers: Sequence[Observer] = ()) -> Result:

@@ -98,6 +98,39 @@ def config(context: click.Context, target: str, as_json: bool, traceback: bool) 
     guarded(work, traceback=traceback)
 
 
+@cli.command(cls=_Command, context_settings=SETTINGS_FOLLOW, short_help="Measure how fast ranks sum gradients.")
+@click.argument("target", default="digits")
+@click.option("--traceback", is_flag=True, help="Show where in the code an error comes from.")
+@click.pass_context
+def calibrate(context: click.Context, target: str, traceback: bool) -> None:
+    """Measure the ways to sum gradients between these ranks, and remember the fastest for strategy.name auto.
+
+    Started as train is; of TARGET's settings those of world and strategy.wire_dtype count:
+
+        torchrun --nproc-per-node 4 -m distloop calibrate
+    """
+    from distloop.failure import guarded
+
+    def work() -> int:
+        from distloop.world import World
+
+        world = World.from_environment()
+        with found_by_all():
+            only_settings = target.startswith("-")
+            resolved = _resolve("digits" if only_settings else target, [target] * only_settings + context.args)
+        from distloop.api import calibrate
+
+        costs = calibrate(resolved, world).costs
+        if world.rank == 0:
+            print(
+                f"milliseconds on {world.size} ranks, measured in {costs.took:.1f} s (* the fastest):\n{costs.table()}"
+            )
+            print(f"auto takes {costs.describe()}")
+        return 0
+
+    guarded(work, traceback=traceback)
+
+
 @cli.command(context_settings=SETTINGS_FOLLOW, short_help="Draw learning curves of runs, or a schedule.")
 @click.argument("runs", nargs=-1)
 @click.option("--schedule", metavar="TARGET", help="Draw the learning rate of a run that has not begun.")

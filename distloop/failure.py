@@ -10,17 +10,7 @@ import traceback as traceback_module
 from collections.abc import Callable
 from typing import NoReturn
 
-from distloop.errors import INTERRUPTED, DistloopError, RankDiedError
-
-LOST = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Connection refused",
-    "Broken pipe",
-    "remote process exited",
-    "Timed out waiting",
-    "Timeout waiting",
-)
+from distloop.errors import INTERRUPTED, DistloopError, RankDiedError, RankHungError
 
 
 def guarded(work: Callable[[], int], *, traceback: bool = False) -> NoReturn:
@@ -44,10 +34,16 @@ def guarded(work: Callable[[], int], *, traceback: bool = False) -> NoReturn:
     sys.exit(code)
 
 
-def lost_peer(failure: BaseException) -> RankDiedError | None:
+def lost_peer(failure: BaseException) -> RankDiedError | RankHungError | None:
     """Return what a broken or silent connection means: gloo reports both as a bare RuntimeError."""
+    from distloop.transports.process_group import LOST, SILENT
+
+    if not isinstance(failure, RuntimeError):
+        return None
+    if any(sign in str(failure) for sign in SILENT):
+        return RankHungError("another rank has not been heard from for as long as world.timeout")
     sign = next((sign for sign in LOST if sign in str(failure)), None)
-    if not isinstance(failure, RuntimeError) or sign is None:
+    if sign is None:
         return None
     return RankDiedError(f"another rank ended, or cannot be reached ({sign[0].lower()}{sign[1:]})")
 

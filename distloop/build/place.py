@@ -59,14 +59,15 @@ def make_place(config: Config, world: World, transport: Transport | None = None)
     if transport is not None or world.size == 1:
         return Place(world, transport or Alone(), device)
     backend = wanted.backend if wanted.backend != "auto" else "nccl" if gpus else "gloo"
+    ddp = config.strategy.name == "ddp"
     # torch's own reducer sends over torch's own connections; nothing else is needed then.
     transport, notes = join(
         world,
-        "torch" if config.strategy.name == "ddp" and wanted.transport == "auto" else wanted.transport,
+        "torch" if ddp and wanted.transport == "auto" else wanted.transport,
         backend=backend,
         device=device,
         timeout=wanted.timeout,
-        share_memory=wanted.shared_memory and config.strategy.name != "ddp",
+        share_memory=wanted.shared_memory and not ddp,
     )
     return Place(world, transport, device, tuple(notes))
 

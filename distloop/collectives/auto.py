@@ -123,7 +123,7 @@ def calibrate(
     *,
     wire: torch.dtype | None = None,
     device: torch.device = torch.device("cpu"),  # noqa: B008 (it never changes)
-    cache: bool = True,
+    refresh: bool = False,
     budget: float = BUDGET,
 ) -> Auto:
     """Measure the algorithms that suit these ranks; every rank calls it at the same time, and gets the same answer.
@@ -132,19 +132,19 @@ def calibrate(
         transport: to the other ranks.
         wire: dtype on the wire, see :func:`distloop.collectives.direct.all_reduce`.
         device: where the tensors will be.
-        cache: whether what the same ranks found on the same hosts within a day will do, and is to be remembered.
+        refresh: measure again, even if the same ranks have done so on the same hosts within the last day.
         budget: seconds after which no further size is begun.
     """
     algorithms = candidates(transport, wire, device)
     if len(algorithms) == 1:
         return Auto(Costs({next(iter(algorithms)): {SIZES[0]: 1e-6}}), algorithms)
-    path = _path(transport, algorithms, wire) if cache else None
-    found = _remembered(path) if transport.rank == 0 else None
+    path = _path(transport, algorithms, wire)
+    found = _remembered(path) if transport.rank == 0 and not refresh else None
     known = gather_json(transport, found)[0]
     if known is not None:
         return Auto(Costs({n: {int(s): t for s, t in p.items()} for n, p in known.items()}), algorithms)
     costs = _measure(transport, algorithms, device, budget)
-    if path is not None and transport.rank == 0:
+    if transport.rank == 0:
         _remember(path, costs)
     return Auto(costs, algorithms)
 
@@ -212,10 +212,10 @@ def _path(transport: Transport, algorithms: Mapping[str, AllReduce], wire: torch
     return native.cache() / f"calibration-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.json"
 
 
-def _remembered(path: Path | None) -> Any:
+def _remembered(path: Path) -> Any:
     """Return the times that a file holds; None if there is none, or if it is old or broken."""
     try:
-        if path is None or time.time() - path.stat().st_mtime > KEPT:
+        if time.time() - path.stat().st_mtime > KEPT:
             return None
         found = json.loads(path.read_text())
         fit = all(

@@ -28,7 +28,7 @@ def fastest(parameters: Parameters, transport: Transport, options: Options) -> B
     device = next(iter(parameters.values())).device
     wire = WIRE.get(options.wire_dtype)
     if not isinstance(transport.calibrated, Auto):
-        transport.calibrated = calibrate(transport, wire=wire, device=device, cache=options.calibration == "cached")
+        transport.calibrated = calibrate(transport, wire=wire, device=device, refresh=options.calibration == "fresh")
     auto = transport.calibrated
     capacity = Capacity(options.bucket_bytes(parameters))
     if options.bucket_mb is None and device.type == "cpu":

@@ -13,9 +13,19 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from distloop.errors import WorldError
+from distloop.errors import RankDiedError, RankHungError, WorldError
 from distloop.transports.base import CONTROL_TAG, Rows, Transport, Work
 from distloop.world import World
+
+# How gloo says, in a bare RuntimeError, that a peer is gone, and that it is silent.
+LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "remote process exited",
+)
+SILENT = ("Timed out waiting", "Timeout waiting")
 
 
 class TorchTransport(Transport):
@@ -29,11 +39,11 @@ class TorchTransport(Transport):
 
     def isend(self, tensor: Tensor, to: int, tag: int = 0) -> Work:
         self._check(tensor)
-        return _work(dist.isend(tensor, to, group=self._group(tag), tag=tag))
+        return PeerWork(dist.isend(tensor, to, group=self._group(tag), tag=tag), to)
 
     def irecv(self, tensor: Tensor, source: int, tag: int = 0) -> Work:
         self._check(tensor)
-        return _work(dist.irecv(tensor, source, group=self._group(tag), tag=tag))
+        return PeerWork(dist.irecv(tensor, source, group=self._group(tag), tag=tag), source)
 
     def all_gather(self, tensor: Tensor) -> Rows:
         # gloo matches an operation to its peers' by order, so the copy may be made now and sent later.
@@ -65,6 +75,26 @@ class TorchTransport(Transport):
 
     def _group(self, tag: int) -> dist.ProcessGroup:
         return self.control if tag == CONTROL_TAG else self.data
+
+
+class PeerWork:
+    """A message under way; a failure of it names the rank at its other end."""
+
+    def __init__(self, work: dist.Work | None, peer: int):
+        self._work, self._peer = _work(work), peer
+
+    def wait(self) -> None:
+        try:
+            self._work.wait()
+        except RuntimeError as failure:
+            text = str(failure)
+            if any(sign in text for sign in SILENT):
+                raise RankHungError(
+                    f"nothing was heard from rank {self._peer} for as long as world.timeout"
+                ) from failure
+            if any(sign in text for sign in LOST):
+                raise RankDiedError(f"rank {self._peer} has ended, or cannot be reached") from failure
+            raise
 
 
 def _work(work: dist.Work | None) -> Work:
