@@ -43,6 +43,8 @@ class Buffer:
 
     def tensor(self, rank: int, dtype: torch.dtype, numel: int) -> Tensor:
         """Return the beginning of a rank's stretch as a tensor."""
+        if not numel:
+            return torch.empty(0, dtype=dtype)
         data = (ctypes.c_char * self._size).from_address(self.addresses[rank])
         return torch.frombuffer(data, dtype=dtype, count=numel)
 
