@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help train test test-fast lint format docs bench kinds gallery clean
+.PHONY: help train test test-fast lint format docs bench bench-all-reduce bench-overlap collectives kinds gallery clean
 
 help:
 	@echo "make train      train $(CONFIG) on $(RANKS) ranks (CONFIG=..., RANKS=... to change)"
@@ -15,6 +15,9 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       docs/configuration.md and docs/kinds.md, again from schema, code and figures"
 	@echo "make bench      benchmarks/loop_overhead.py"
+	@echo "make bench-all-reduce  benchmarks/all_reduce.py: every all-reduce against gloo's and MPI's; as root for all of it"
+	@echo "make bench-overlap     benchmarks/overlap.py: how much of communication hides behind backward; as root"
+	@echo "make collectives       the pictures of what these two measured"
 	@echo "make kinds      benchmarks/kinds.py: every kind of learning against its figure"
 	@echo "make gallery    docs/images/gallery.png: optimizers times schedules"
 	@echo "make clean      remove what these commands made (not runs/)"
@@ -43,6 +46,15 @@ docs: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/loop_overhead.py
+
+bench-all-reduce: $(VENV)/.dev
+	$(BIN)/python benchmarks/all_reduce.py
+
+bench-overlap: $(VENV)/.dev
+	$(BIN)/python benchmarks/overlap.py
+
+collectives: $(VENV)/.dev
+	$(BIN)/python benchmarks/pictures.py
 
 kinds: $(VENV)/.dev
 	$(BIN)/python benchmarks/kinds.py
