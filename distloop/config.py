@@ -145,6 +145,9 @@ class LearnerSection(Section):
 
 class WorldSection(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where models run (auto: a GPU if there is one)")
+    transport: Literal["auto", "torch", "sockets", "shared_memory", "mpi"] = Field(
+        "auto", description="how ranks talk (auto: mpi under mpirun without MASTER_ADDR, else torch)"
+    )
     backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="of torch.distributed (auto: nccl on GPUs)")
     timeout: PositiveFloat = Field(300.0, description="seconds after which a missing rank is an error")
     threads: Positive | None = Field(

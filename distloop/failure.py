@@ -8,6 +8,7 @@ import sys
 import time
 import traceback as traceback_module
 from collections.abc import Callable
+from types import ModuleType
 from typing import NoReturn
 
 from distloop.errors import INTERRUPTED, DistloopError, RankDiedError
@@ -37,7 +38,7 @@ def guarded(work: Callable[[], int], *, traceback: bool = False) -> NoReturn:
     except Exception as failure:
         _report(failure, show_trace=True)
         _leave(1)
-    if _in_company():
+    if _company():
         # With gloo's threads about, torch now and then aborts in the interpreter's end (exit 134): end before it.
         atexit._run_exitfuncs()
         _leave(code)
@@ -65,20 +66,13 @@ def _report(failure: BaseException, *, show_trace: bool) -> None:
 def _speaks(failure: BaseException) -> bool:
     if isinstance(failure, DistloopError) and failure.everywhere:
         return _local_rank() in (None, 0)  # one per host: what all ranks of a host find, another host may not
-    if not _in_company():
-        return True
-    from distloop.transports.process_group import claim
-
-    return claim("failure")
+    return all(transport.claim("failure") for transport in _company())
 
 
-def _in_company() -> bool:
-    """Return whether this process has met other ranks."""
-    if "torch" not in sys.modules:
-        return False
-    from distloop.transports.process_group import has_met
-
-    return has_met()
+def _company() -> list[ModuleType]:
+    """Return the modules of transports through which this process has met other ranks."""
+    modules = [sys.modules.get(f"distloop.transports.{name}") for name in ("process_group", "mpi")]
+    return [module for module in modules if module is not None and module.has_met()]
 
 
 def _local_rank() -> int | None:

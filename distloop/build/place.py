@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from distloop.build.method import as_read
-from distloop.config import Config
+from distloop.config import Config, WorldSection
 from distloop.errors import StorageError, WorldError
 from distloop.messages import gather_json
 from distloop.settings import Resolved
@@ -33,7 +33,7 @@ def make_place(config: Config, world: World) -> Place:
     Raises:
         WorldError: what was asked for is not there.
     """
-    from distloop.transports.process_group import connect, nccl_unusable
+    from distloop.transports.process_group import nccl_unusable
 
     wanted = config.world
     gpus = torch.cuda.device_count() if wanted.device != "cpu" else 0
@@ -56,8 +56,19 @@ def make_place(config: Config, world: World) -> Place:
     _set_threads(wanted.threads, world)
     if world.size == 1:
         return Place(world, Alone(), device)
-    backend = wanted.backend if wanted.backend != "auto" else "nccl" if gpus else "gloo"
-    return Place(world, connect(world, backend=backend, device=device, timeout=wanted.timeout), device)
+    return Place(world, _transport(wanted, world, device), device)
+
+
+def _transport(wanted: WorldSection, world: World, device: torch.device) -> Transport:
+    """Join the other ranks, in the way that the configuration names or the launcher suggests."""
+    from distloop.transports import mpi, process_group
+
+    # nccl is torch.distributed's, and whoever sets an address wants it as well.
+    by_mpi = world.launcher in ("Open MPI", "MPICH") and "MASTER_ADDR" not in os.environ and wanted.backend != "nccl"
+    if wanted.transport == "mpi" or (wanted.transport == "auto" and by_mpi):
+        return mpi.connect(world, timeout=wanted.timeout)
+    backend = wanted.backend if wanted.backend != "auto" else "nccl" if device.type == "cuda" else "gloo"
+    return process_group.connect(world, backend=backend, device=device, timeout=wanted.timeout)
 
 
 def _set_threads(threads: int | None, world: World) -> None:
