@@ -64,7 +64,7 @@ def _transport(wanted: WorldSection, world: World, device: torch.device) -> Tran
     from distloop.transports import mpi, process_group
 
     # nccl is torch.distributed's, and whoever sets an address wants it as well.
-    by_mpi = world.launcher in ("Open MPI", "MPICH") and "MASTER_ADDR" not in os.environ and wanted.backend != "nccl"
+    by_mpi = world.by_mpirun and "MASTER_ADDR" not in os.environ and wanted.backend != "nccl"
     if wanted.transport == "mpi" or (wanted.transport == "auto" and by_mpi):
         return mpi.connect(world, timeout=wanted.timeout)
     backend = wanted.backend if wanted.backend != "auto" else "nccl" if device.type == "cuda" else "gloo"

@@ -240,6 +240,18 @@ def connect(world: World, *, timeout: float) -> MpiTransport:
     return _state.transport
 
 
+def abort(code: int) -> None:
+    """End the whole job with exit code ``code``, where a rank's own end would not do that.
+
+    Open MPI's mpirun returns the code of the first rank that ends in failure; MPICH's now and then that of the ranks
+    which it kills for it.
+    """
+    from mpi4py import MPI
+
+    if not MPI.Is_finalized() and MPI.get_vendor()[0] != "Open MPI":
+        MPI.COMM_WORLD.Abort(code)
+
+
 @dataclass
 class _State:
     """The latest world that this process joined."""
