@@ -76,11 +76,10 @@ class _Message:
         from mpi4py import MPI
 
         assert self._request is not None
-        status = MPI.Status()
+        status, size = MPI.Status(), self._buffer.nbytes
         try:
             if not self._request.Test(status):
                 return False
-            size = self._buffer.numel() * self._buffer.element_size()
             if self._sends or status.Get_count(self._transport.byte) == size:
                 return True
         except MPI.Exception as failure:
@@ -111,6 +110,7 @@ class MpiTransport(Transport):
         from mpi4py import MPI
 
         self.rank, self.size, self.timeout = world.rank, world.size, timeout
+        self._wait_for_all(world)
         self._data, self._control, self._alarm = world.Dup(), world.Dup(), world.Dup()
         self.byte = MPI.BYTE
         self._reduced = {torch.float32: MPI.FLOAT, torch.float64: MPI.DOUBLE}
@@ -236,7 +236,7 @@ def connect(world: World, *, timeout: float) -> MpiTransport:
     Raises:
         WorldError: mpi4py or MPI is missing, or MPI sees another world than the launcher's variables.
     """
-    _state.transport = MpiTransport(join(world), timeout=timeout)
+    _state.transport = MpiTransport(join(world, timeout=timeout), timeout=timeout)
     return _state.transport
 
 

@@ -6,6 +6,8 @@ import atexit
 import ctypes
 import importlib.util
 import os
+import sys
+import time
 import warnings
 from typing import TYPE_CHECKING
 
@@ -20,10 +22,10 @@ if TYPE_CHECKING:
 INSTALL = 'pip install "distloop[mpi]"'
 
 
-def join(world: World) -> MPI.Intracomm:
+def join(world: World, *, timeout: float) -> MPI.Intracomm:
     """Begin MPI, unless that is done, and return the communicator of all its ranks.
 
-    MPI is ended at the end of the process, unless ``stay`` was called, or whoever began it ends it.
+    MPI is ended at the end of the process, if that ends well; or by whoever began it.
 
     Raises:
         WorldError: there is no MPI, or it sees another world than the launcher's variables.
@@ -34,11 +36,10 @@ def join(world: World) -> MPI.Intracomm:
     _check_vendor(world, MPI.get_vendor()[0])
     if not MPI.Is_initialized():
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
-        atexit.register(_end)  # kept until then, so that a process may train twice
-        _begun.append(True)
-    elif _begun:
+        _farewell.append(MPI.COMM_WORLD.Dup())
+    if _farewell:
         atexit.unregister(_end)
-        atexit.register(_end)
+        atexit.register(_end, timeout)  # not before, so that a process may train twice
     found = MPI.COMM_WORLD
     if (found.size, found.rank) != (world.size, world.rank):
         raise WorldError(
@@ -55,14 +56,21 @@ def stay() -> None:
     atexit.unregister(_end)
 
 
-_begun: list[bool] = []  # not empty if MPI was begun here
+_farewell: list[MPI.Intracomm] = []  # one, for the ranks' last meeting, if MPI was begun here
 
 
-def _end() -> None:
+def _end(timeout: float) -> None:
+    """End MPI if all ranks come to this. It would wait for ever for a rank that goes on, or goes under."""
     from mpi4py import MPI
 
-    if not MPI.Is_finalized():
-        MPI.Finalize()
+    if MPI.Is_finalized() or hasattr(sys, "last_value"):  # this rank ends by an exception that nobody caught
+        return
+    barrier, begun = _farewell[0].Ibarrier(), time.monotonic()
+    while not barrier.Test():
+        if time.monotonic() - begun > timeout:
+            return
+        time.sleep(1e-3)
+    MPI.Finalize()
 
 
 def _load() -> None:
