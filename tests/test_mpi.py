@@ -25,7 +25,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int
 QUIET = ("--log.tensorboard", "false", "--log.picture", "false", "--log.progress", "false")
 
 
-@pytest.fixture(params=[OPEN_MPI, MPICH], ids=lambda mpi: mpi.name)
+@pytest.fixture(params=[pytest.param(mpi, marks=pytest.mark.slow, id=mpi.name) for mpi in (OPEN_MPI, MPICH)])
 def mpi(request: pytest.FixtureRequest) -> Mpi:
     if (reason := request.param.missing()) is not None:
         pytest.skip(reason)
@@ -166,7 +166,7 @@ def test_contract_and_parity(size: int, mpi: Mpi) -> None:
 
 
 def test_parity_with_four_ranks(mpi: Mpi) -> None:
-    cases = all_cases(4)[::2]
+    cases = all_cases(4)[::3]
     assert_parity(4, cases, under_mpirun(4, run_cases, cases, mpi=mpi))
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
     from mpi4py import MPI
 
-SPIN = 0.01  # seconds of waiting without sleep, so that an answer that is under way is not missed
+SPIN = 1e-3  # seconds of waiting without sleep; longer ones would keep busy hosts from what is waited for
 LONGEST_SLEEP = 1e-3
 CLAIMING = 0.3  # seconds in which a lower rank may still say the same
 
@@ -58,7 +58,8 @@ class _Message:
 
     def start(self, communicator: MPI.Intracomm) -> _Message:
         raw = self._buffer.view(-1).view(torch.uint8)  # raises where the tensor is not contiguous
-        what = [raw if raw.is_cuda else raw.numpy(), raw.numel(), self._transport.byte]
+        self._count, self._kind = self._transport.in_units(raw.numel())
+        what = [raw if raw.is_cuda else raw.numpy(), self._count, self._kind]
         self._request = (communicator.Isend if self._sends else communicator.Irecv)(what, self._peer)
         self._transport.under_way.add(self)  # MPI's buffer must outlive the caller's interest in it
         return self
@@ -76,11 +77,11 @@ class _Message:
         from mpi4py import MPI
 
         assert self._request is not None
-        status, size = MPI.Status(), self._buffer.nbytes
+        status = MPI.Status()
         try:
             if not self._request.Test(status):
                 return False
-            if self._sends or status.Get_count(self._transport.byte) == size:
+            if self._sends or status.Get_count(self._kind) == self._count:
                 return True
         except MPI.Exception as failure:
             if failure.Get_error_class() != MPI.ERR_TRUNCATE:
@@ -88,7 +89,8 @@ class _Message:
                 raise RankDiedError(f"rank {peer} ended, or cannot be reached ({reason})") from failure
         self._transport.under_way.discard(self)
         raise RuntimeError(
-            f"rank {self._transport.rank} expected {size} bytes from rank {self._peer}, which sent another number"
+            f"rank {self._transport.rank} expected {self._buffer.nbytes} bytes from rank {self._peer}, "
+            "which sent another number"
         )
 
     def _overdue(self) -> str:
@@ -112,7 +114,7 @@ class MpiTransport(Transport):
         self.rank, self.size, self.timeout = world.rank, world.size, timeout
         self._wait_for_all(world)
         self._data, self._control, self._alarm = world.Dup(), world.Dup(), world.Dup()
-        self.byte = MPI.BYTE
+        self._large: dict[int, MPI.Datatype] = {}
         self._reduced = {torch.float32: MPI.FLOAT, torch.float64: MPI.DOUBLE}
         self.under_way: set[_Message] = set()
         self.hosts = hosts(world)
@@ -211,6 +213,18 @@ class MpiTransport(Transport):
         self._data.Allreduce(MPI.IN_PLACE, [raw if raw.is_cuda else raw.numpy(), raw.numel(), kind])
         if buffer is not tensor:
             tensor.copy_(buffer)
+
+    def in_units(self, size: int) -> tuple[int, MPI.Datatype]:
+        """Return ``size`` bytes as MPI counts them: in 31 bits, before MPI 4."""
+        from mpi4py import MPI
+
+        if size < 2**31:
+            return size, MPI.BYTE
+        if size not in self._large:
+            block = MPI.BYTE.Create_contiguous(2**30)
+            whole, rest = divmod(size, 2**30)
+            self._large[size] = MPI.Datatype.Create_struct([whole, rest], [0, size - rest], [block, MPI.BYTE]).Commit()
+        return 1, self._large[size]
 
     def _staged(self, tensor: Tensor) -> Tensor:
         """Return ``tensor``, or memory of the host in its place if MPI cannot read where it lies."""
