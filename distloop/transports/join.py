@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from distloop.errors import WorldError
@@ -17,21 +19,23 @@ def join(
     world: World,
     name: str = "auto",
     *,
-    backend: str = "gloo",
+    backend: str = "auto",
     device: torch.device = torch.device("cpu"),  # noqa: B008 (it never changes)
     timeout: float = 300.0,
     share_memory: bool = True,
+    torch_collects: bool = False,
 ) -> tuple[Transport, list[str]]:
     """Join the other ranks of ``world``.
 
     Args:
         world: this process's place.
-        name: of the transport of gradients: torch, sockets, shared_memory, mpi; or auto, which takes shared memory
-            where all ranks share a host, else sockets, and torch for models on GPUs.
-        backend: of torch.distributed, by which ranks meet if it is not by MPI.
+        name: of the transport of gradients: torch, sockets, shared_memory, mpi; or auto, which takes mpi under an
+            mpirun, shared memory where all ranks share a host, else sockets, and torch for models on GPUs.
+        backend: of torch.distributed, by which ranks meet if it is not by MPI: gloo, nccl, or auto.
         device: where this rank's model lives.
         timeout: seconds after which a silent peer is an error.
         share_memory: whether ranks of one host may share memory.
+        torch_collects: whether gradients are torch's own reducer's to send, which needs nothing of ours.
 
     Returns:
         The transport, and sentences on what was not to be had.
@@ -39,14 +43,27 @@ def join(
     Raises:
         WorldError: the ranks did not find each other, or what was asked for is not there.
     """
-    transport = process_group.connect(world, backend=backend, device=device, timeout=timeout)
+    # nccl is torch.distributed's, and whoever sets an address wants that as well.
+    by_mpi = world.by_mpirun and "MASTER_ADDR" not in os.environ and backend != "nccl" and name != "torch"
+    transport: Transport
+    if name == "mpi" or by_mpi:
+        from distloop.transports import mpi
+
+        transport = mpi.connect(world, timeout=timeout)
+    else:
+        if backend == "auto":
+            backend = "nccl" if device.type == "cuda" else "gloo"
+        transport = process_group.connect(world, backend=backend, device=device, timeout=timeout)
+    if torch_collects:
+        return transport, []
     if device.type != "cpu":
         if name in ("sockets", "shared_memory"):
             raise WorldError(f"world.transport: {name} carries tensors of CPUs; use torch for models on GPUs")
         return transport, []
     reason = share(transport, timeout, wanted=share_memory)
     notes = [f"ranks of one host do not share memory: {reason}"] if reason is not None else []
-    return (transport if name == "torch" else _over(transport, name, timeout)), notes
+    as_met = name in ("torch", "mpi") or (by_mpi and name == "auto")
+    return (transport if as_met else _over(transport, name, timeout)), notes
 
 
 def _over(below: Transport, name: str, timeout: float) -> Transport:
