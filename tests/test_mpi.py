@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -286,21 +285,20 @@ def test_without_an_mpi_it_says_what_to_install(missing: str, monkeypatch: pytes
 
 
 def test_auto_takes_mpi_under_an_mpirun_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    from distloop.build import place
-    from distloop.config import WorldSection
     from distloop.transports import mpi, process_group
+    from distloop.transports.join import join
     from distloop.world import World
 
     monkeypatch.setattr(mpi, "connect", lambda world, **_: "mpi")
     monkeypatch.setattr(process_group, "connect", lambda world, **_: "torch")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    auto, cpu = WorldSection(), torch.device("cpu")
-    open_mpi, torchrun = World(0, 2, 0, 2, "Open MPI"), World(0, 2, 0, 2, "torchrun")
-    assert place._transport(auto, open_mpi, cpu) == place._transport(auto, replace(open_mpi, launcher="MPICH"), cpu)
-    assert place._transport(auto, open_mpi, cpu) == "mpi"
-    assert place._transport(auto, torchrun, cpu) == "torch"
-    assert place._transport(WorldSection(transport="mpi"), torchrun, cpu) == "mpi"
-    assert place._transport(WorldSection(transport="torch"), open_mpi, cpu) == "torch"
-    assert place._transport(WorldSection(backend="nccl"), open_mpi, cpu) == "torch"
+
+    def met(launcher: str, name: str = "auto", backend: str = "auto") -> object:
+        return join(World(0, 2, 0, 2, launcher), name, backend=backend, torch_collects=True)[0]
+
+    assert met("Open MPI") == met("MPICH") == "mpi"
+    assert met("torchrun") == met("Open MPI", backend="nccl") == met("Open MPI", "torch") == "torch"
+    assert met("torchrun", "mpi") == "mpi"
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    assert place._transport(auto, open_mpi, cpu) == "torch"
+    assert met("Open MPI") == "torch"
+    assert met("Open MPI", "mpi") == "mpi"

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from distloop.build.method import as_read
-from distloop.config import Config, WorldSection
+from distloop.config import Config
 from distloop.errors import StorageError, WorldError
 from distloop.messages import gather_json
 from distloop.settings import Resolved
+from distloop.strategies import torch_collects
 from distloop.transports import Alone, Transport
 from distloop.world import World
 
@@ -65,7 +66,7 @@ def make_place(config: Config, world: World, transport: Transport | None = None)
         device=device,
         timeout=wanted.timeout,
         share_memory=wanted.shared_memory,
-        torch_collects=config.strategy.name == "ddp",
+        torch_collects=torch_collects(config.strategy.name),
     )
     return Place(world, transport, device, tuple(notes))
 

@@ -12,8 +12,6 @@ from distloop.transports.base import Transport
 from distloop.transports.hosts import share
 from distloop.world import World
 
-TRANSPORTS = ("torch", "sockets", "shared_memory", "mpi")
-
 
 def join(
     world: World,
@@ -43,17 +41,7 @@ def join(
     Raises:
         WorldError: the ranks did not find each other, or what was asked for is not there.
     """
-    # nccl is torch.distributed's, and whoever sets an address wants that as well.
-    by_mpi = world.by_mpirun and "MASTER_ADDR" not in os.environ and backend != "nccl" and name != "torch"
-    transport: Transport
-    if name == "mpi" or by_mpi:
-        from distloop.transports import mpi
-
-        transport = mpi.connect(world, timeout=timeout)
-    else:
-        if backend == "auto":
-            backend = "nccl" if device.type == "cuda" else "gloo"
-        transport = process_group.connect(world, backend=backend, device=device, timeout=timeout)
+    transport, by_mpi = _meet(world, name, backend, device, timeout)
     if torch_collects:
         return transport, []
     if device.type != "cpu":
@@ -64,6 +52,19 @@ def join(
     notes = [f"ranks of one host do not share memory: {reason}"] if reason is not None else []
     as_met = name in ("torch", "mpi") or (by_mpi and name == "auto")
     return (transport if as_met else _over(transport, name, timeout)), notes
+
+
+def _meet(world: World, name: str, backend: str, device: torch.device, timeout: float) -> tuple[Transport, bool]:
+    """Return the transport by which ranks meet, and whether that is MPI because an mpirun started them."""
+    # nccl is torch.distributed's, and whoever sets an address wants that as well.
+    by_mpi = world.by_mpirun and "MASTER_ADDR" not in os.environ and backend != "nccl" and name != "torch"
+    if name == "mpi" or by_mpi:
+        from distloop.transports import mpi
+
+        return mpi.connect(world, timeout=timeout), by_mpi
+    if backend == "auto":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+    return process_group.connect(world, backend=backend, device=device, timeout=timeout), False
 
 
 def _over(below: Transport, name: str, timeout: float) -> Transport:
