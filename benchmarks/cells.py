@@ -35,7 +35,7 @@ ROW = 2**18  # elements
 RESCALE = 8  # all-reduces, after which the values are brought back to where they began
 LARGE = 2**20  # bytes from which on a batch is one: the next would find its numbers in the cache
 BATCH = 0.01  # seconds that a batch of smaller ones should take at least
-LONGEST_BATCH = 1000
+LONGEST_BATCH = 4000
 FEWEST, MOST = 3, 40  # rounds
 BF16 = 2.02 * 2.0**-8  # relative error of a sum of positive numbers: each of them is rounded, and the sum again
 
@@ -155,12 +155,11 @@ class Cell:
 
     def estimate(self, side: Side) -> None:
         """Find how long one all-reduce takes, and choose how many make a batch."""
-        for _ in range(2):  # the first may connect
+        for _ in range(4):  # the first may connect, and where few make a batch, ranks' starts are part of it
             begin, end = self.batch(side)
-            side.estimate = float(self.rank.gather([end - begin]).max())
-            if side.estimate > 0.1:
+            side.estimate = float(self.rank.gather([end - begin]).max()) / side.repeats
+            if side.estimate > 0.1 or 4 * self.numel >= LARGE:
                 break
-        if 4 * self.numel < LARGE:
             side.repeats = max(1, min(LONGEST_BATCH, round(BATCH / side.estimate)))
 
     def rounds(self, count: int) -> dict[str, list[float]]:

@@ -15,6 +15,8 @@
 #define LINE 64 /* bytes of a cache line: what one rank writes must not share a line with what another writes */
 #define BLOCK 4096 /* bytes of each rank's buffer that are summed at a time: they stay in the nearest cache */
 
+#define YIELDING 100000 /* nanoseconds: to be woken from sleep takes a good part of that */
+
 typedef struct {
     _Alignas(LINE) _Atomic uint32_t value;
     _Atomic uint32_t sleepers;
@@ -45,17 +47,20 @@ static void strike(bell *b) {
     if (atomic_load(&b->sleepers)) syscall(SYS_futex, &b->value, FUTEX_WAKE, INT32_MAX, NULL, NULL, 0);
 }
 
-/* Wait until the bell's value is no longer `seen`. Spin, then let others run, then sleep at most `nanoseconds`. */
+/* Wait until the bell's value is no longer `seen`: spin for a moment, which is in vain if the other side shares this
+ * core; then let others run, which costs nothing if there are none; then sleep, at most `nanoseconds` in all. */
 static int wait_beyond(bell *b, uint32_t seen, int spins, int64_t nanoseconds) {
     for (int i = 0; i < spins; i++) {
         if (atomic_load_explicit(&b->value, memory_order_acquire) != seen) return 0;
         pause_a_little();
     }
-    for (int i = 0; i < 64; i++) {
-        if (atomic_load_explicit(&b->value, memory_order_acquire) != seen) return 0;
-        sched_yield();
-    }
-    int64_t deadline = now() + nanoseconds, left;
+    int64_t begun = now(), deadline = begun + nanoseconds, left;
+    do {
+        for (int i = 0; i < 16; i++) {
+            if (atomic_load_explicit(&b->value, memory_order_acquire) != seen) return 0;
+            sched_yield();
+        }
+    } while (now() - begun < YIELDING);
     atomic_fetch_add(&b->sleepers, 1);
     while (atomic_load(&b->value) == seen && (left = deadline - now()) > 0) {
         struct timespec t = {left / 1000000000, left % 1000000000};

@@ -72,6 +72,7 @@ class Transport(ABC):
     size: int
     hosts: Sequence[int] = ()  # by rank, the number of its host; empty where nothing is known of hosts
     overlaps = True  # whether messages with tag 0 may be sent by another thread, beside control messages
+    eager = False  # whether a send is complete once the network has taken it, however late its receiver is
     shared: Shared | None = None  # with the other ranks of this host, if there is any
     calibrated: object = None  # what has been measured of it, for collectives that choose by it
     library: Callable[[Tensor], None] | None = None  # the all-reduce of the library behind this transport

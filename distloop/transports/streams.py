@@ -77,6 +77,8 @@ class StreamTransport(Transport):
     Streams are for one thread at a time: whoever collects gradients.
     """
 
+    eager = True
+
     def __init__(self, below: Transport, streams: Mapping[int, Stream], timeout: float):
         self.rank, self.size, self.hosts, self.library = below.rank, below.size, below.hosts, below.library
         self._below, self._streams, self._timeout = below, streams, timeout
