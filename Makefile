@@ -6,15 +6,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help train test test-fast lint format docs bench kinds gallery clean
+.PHONY: help train test test-fast test-mpich lint format docs bench bench-all-reduce bench-overlap collectives kinds gallery clean
 
 help:
 	@echo "make train      train $(CONFIG) on $(RANKS) ranks (CONFIG=..., RANKS=... to change)"
 	@echo "make test       all tests"
 	@echo "make test-fast  the tests that take seconds"
+	@echo "make test-mpich the tests over MPI with MPICH too (Open MPI is there)"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       docs/configuration.md and docs/kinds.md, again from schema, code and figures"
 	@echo "make bench      benchmarks/loop_overhead.py"
+	@echo "make bench-all-reduce  benchmarks/all_reduce.py: every all-reduce against gloo's and MPI's; as root for all of it"
+	@echo "make bench-overlap     benchmarks/overlap.py: how much of communication hides behind backward; as root"
+	@echo "make collectives       the pictures of what these two measured"
 	@echo "make kinds      benchmarks/kinds.py: every kind of learning against its figure"
 	@echo "make gallery    docs/images/gallery.png: optimizers times schedules"
 	@echo "make clean      remove what these commands made (not runs/)"
@@ -27,6 +31,9 @@ test: $(VENV)/.dev
 
 test-fast: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow"
+
+test-mpich: $(VENV)/.dev .mpich/bin/mpiexec
+	$(BIN)/python -m pytest tests/test_mpi.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -44,6 +51,15 @@ docs: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/loop_overhead.py
 
+bench-all-reduce: $(VENV)/.dev
+	$(BIN)/python benchmarks/all_reduce.py
+
+bench-overlap: $(VENV)/.dev
+	$(BIN)/python benchmarks/overlap.py
+
+collectives: $(VENV)/.dev
+	$(BIN)/python benchmarks/pictures.py
+
 kinds: $(VENV)/.dev
 	$(BIN)/python benchmarks/kinds.py
 
@@ -51,7 +67,7 @@ gallery: $(VENV)/.dev
 	$(BIN)/python docs/gallery.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .mpich build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # What training needs, and what developing needs on top of it; made again when their description changes.
 $(VENV)/bin/python:
@@ -66,3 +82,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "setting up $(VENV) (a minute or so) ..."
 	$(INSTALL) --editable ".[dev]"
 	@touch $@
+
+# Apart from $(VENV), whose MPI is Open MPI: an environment has one.
+.mpich/bin/mpiexec: | $(VENV)/bin/python
+	$(INSTALL) --ignore-installed --no-deps --prefix .mpich mpich

@@ -87,11 +87,9 @@ def config(context: click.Context, target: str, as_json: bool, traceback: bool) 
 
     def work() -> int:
         resolved = _resolve(target, context.args)
-        from distloop.build.method import Method
-        from distloop.strategies import STRATEGIES
+        from distloop.build import check
 
-        Method(resolved)
-        resolved.choose("strategy.name", STRATEGIES)
+        check(resolved)
         _print_config(resolved, as_json=as_json)
         return 0
 

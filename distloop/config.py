@@ -154,7 +154,7 @@ class WorldSection(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where models run (auto: a GPU if there is one)")
     backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="of torch.distributed (auto: nccl on GPUs)")
     transport: Literal["auto", "torch", "sockets", "shared_memory", "mpi"] = Field(
-        "auto", description="how gradients travel between CPUs (ddp: always by torch)"
+        "auto", description="of gradients (auto: MPI under mpirun, else shared memory or sockets; ddp: by torch)"
     )
     shared_memory: bool = Field(True, description="whether ranks of one host may share memory")
     timeout: PositiveFloat = Field(300.0, description="seconds after which a missing rank is an error")

@@ -8,9 +8,13 @@ import sys
 import time
 import traceback as traceback_module
 from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
 from distloop.errors import INTERRUPTED, DistloopError, RankDiedError, RankHungError
+from distloop.world import World
+
+PATIENCE = 2.0  # seconds that a rank leaves another to say what both know
 
 if TYPE_CHECKING:
     from distloop.transports import Transport
@@ -22,13 +26,13 @@ def guarded(work: Callable[[], int], *, traceback: bool = False) -> NoReturn:
         code = work()
     except DistloopError as failure:
         _report(failure, show_trace=traceback)
-        _leave(failure.exit_code)
+        _fail(failure.exit_code)
     except KeyboardInterrupt:
-        _leave(INTERRUPTED)
+        _fail(INTERRUPTED)
     except Exception as failure:
         _report(failure, show_trace=True)
-        _leave(1)
-    if _in_company():
+        _fail(1)
+    if _company():
         # With gloo's threads about, torch now and then aborts in the interpreter's end (exit 134): end before it.
         atexit._run_exitfuncs()
         _leave(code)
@@ -69,6 +73,8 @@ def parting(failure: BaseException, transport: Transport) -> BaseException:
 def _report(failure: BaseException, *, show_trace: bool) -> None:
     """Print the failure, unless another rank says the same or its cause."""
     if not _speaks(failure):
+        if (world := _world()) is not None and world.by_mpirun:
+            time.sleep(PATIENCE)  # mpirun ends all ranks with the first: let that be the one that speaks
         return
     if show_trace:
         traceback_module.print_exception(failure)
@@ -78,34 +84,40 @@ def _report(failure: BaseException, *, show_trace: bool) -> None:
 
 def _speaks(failure: BaseException) -> bool:
     if isinstance(failure, DistloopError) and failure.everywhere:
-        return _local_rank() in (None, 0)  # one per host: what all ranks of a host find, another host may not
-    if not _in_company():
-        return True
-    from distloop.transports.process_group import claim
-
-    return claim("failure")
+        world = _world()
+        # One per host: what all ranks of a host find, another host may not.
+        return world is None or world.local_rank == 0
+    return all(transport.claim("failure") for transport in _company())
 
 
-def _in_company() -> bool:
-    """Return whether this process has met other ranks."""
-    if "torch" not in sys.modules:
-        return False
-    from distloop.transports.process_group import has_met
-
-    return has_met()
+def _company() -> list[ModuleType]:
+    """Return the modules of transports through which this process has met other ranks."""
+    modules = [sys.modules.get(f"distloop.transports.{name}") for name in ("process_group", "mpi")]
+    return [module for module in modules if module is not None and module.has_met()]
 
 
-def _local_rank() -> int | None:
-    from distloop.world import World
-
+def _world() -> World | None:
     try:
-        return World.from_environment().local_rank
+        return World.from_environment()
     except DistloopError:
         return None
 
 
+def _fail(code: int) -> NoReturn:
+    """End now, and the other ranks of an MPI job with this one."""
+    for transport in _company():
+        if hasattr(transport, "abort"):
+            _flush()
+            transport.abort(code)
+    _leave(code)
+
+
 def _leave(code: int) -> NoReturn:
     """End now. Destructors of process groups wait for peers that may be gone, so they are not run."""
+    _flush()
+    os._exit(code)
+
+
+def _flush() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)

@@ -26,6 +26,7 @@ class FirstStepCheck:
         self._name, self._strategy, self._refuse_unused = name, strategy, refuse_unused
         self._reached: set[int] = set()
         self.steps = 0  # looked at
+        self._begins = True
 
     def __call__(self, loss: Any, *, idle: bool, final: bool) -> None:
         """Look at one micro-batch.
@@ -34,8 +35,9 @@ class FirstStepCheck:
             ConfigError: on all ranks alike if it is about parameters that no gradient reaches.
             MismatchError: on all ranks alike, if they are not at the same step of the same learner.
         """
-        if final:
+        if self._begins:  # and not at the end: DDP waits for all ranks in the second step's first backward
             self._agree()
+        self._begins = final
         if self.steps == 0:
             self._look(loss, idle=idle, final=final)
         self.steps += final

@@ -50,6 +50,11 @@ class World:
     host_known: bool = True  # whether the launcher said which ranks share a host
 
     @property
+    def by_mpirun(self) -> bool:
+        """Whether an MPI started these ranks."""
+        return self.launcher in ("Open MPI", "MPICH")
+
+    @property
     def single_host(self) -> bool:
         """Whether every rank is known to run on this host."""
         return self.host_known and self.local_size == self.size

@@ -1,4 +1,4 @@
-"""Ranks for tests: threads of this process, or gloo processes forked from a server that has imported torch once."""
+"""Ranks for tests: threads of this process, gloo processes forked from a server that has imported torch once, MPI's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import shutil
 import socket
+import subprocess
+import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -91,6 +95,70 @@ def _rank(
         os._exit(1)
 
 
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Mpi:
+    """An MPI to test with: how it starts ranks, and what tells mpi4py to use it."""
+
+    name: str
+    command: tuple[str, ...]
+    options: tuple[str, ...] = ()
+    variables: tuple[tuple[str, str], ...] = ()
+
+    def missing(self) -> str | None:
+        """Return why it cannot be used here, if so."""
+        try:
+            import mpi4py  # noqa: F401
+        except ImportError:
+            return 'mpi4py is not installed: pip install "distloop[mpi]"'
+        if shutil.which(self.command[0]) is None:
+            return f"{self.name} is not set up: {'make test-mpich' if self.name == 'MPICH' else 'no mpirun'}"
+        version = subprocess.run([self.command[0], "--version"], capture_output=True, text=True, check=False).stdout
+        return None if self.name != "Open MPI" or self.name in version else "mpirun is another MPI's"
+
+
+_own = Path(sys.executable).with_name("mpirun")  # also where the environment is not activated
+_root = (("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"))
+_mpich = ROOT / ".mpich"
+OPEN_MPI = Mpi("Open MPI", (str(_own) if _own.exists() else "mpirun",), ("--map-by", ":OVERSUBSCRIBE"), _root)
+MPICH = Mpi(
+    "MPICH",
+    (str(_mpich / "bin" / "mpiexec"),),
+    variables=(("LD_LIBRARY_PATH", str(_mpich / "lib")), ("MPI4PY_MPIABI", "mpich")),
+)
+
+
+def mpirun(
+    size: int, *arguments: str, folder: Path, mpi: Mpi = OPEN_MPI, seconds: float = 90, **variables: str
+) -> Ended:
+    """Run ``python ARGUMENTS`` in ``folder`` as ranks of an MPI job; return how the job ended."""
+    command = [*mpi.command, "-n", str(size), *mpi.options, sys.executable, *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | dict(mpi.variables) | variables
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment
+    ) as job:
+        try:
+            out, err = job.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            job.terminate()  # mpirun ends its ranks
+            out, err = job.communicate(timeout=20)
+            raise AssertionError(f"the job hangs:\n{out}\n{err}") from None
+    return Ended(job.returncode, out, err)
+
+
+def under_mpirun(size: int, function: Callable[..., Any], *arguments: Any, mpi: Mpi = OPEN_MPI) -> list[Any]:
+    """Call ``function(transport, *arguments)`` on every rank of an MPI job; return the results by rank."""
+    with tempfile.TemporaryDirectory() as name:
+        task = Path(name, "task")
+        task.write_bytes(pickle.dumps((function, arguments)))
+        ended = mpirun(size, "-m", "tests.mpi_rank", str(task), folder=Path(name), mpi=mpi)
+        assert ended.code == 0, f"{ended.out}\n{ended.err}"
+        assert ended.err == "", ended.err
+        return [pickle.loads(Path(f"{task}.{rank}").read_bytes()) for rank in range(size)]
+
+
 @dataclass
 class Ended:
     """How a command ended."""
@@ -140,8 +208,6 @@ def run_command(
 
 
 def _command(arguments: Sequence[str], folder: str, variables: dict[str, str], out: str, err: str) -> None:
-    import sys
-
     from distloop.cli import main
 
     os.chdir(folder)

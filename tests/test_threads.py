@@ -175,7 +175,7 @@ PER_ROUND = 3  # messages of rank 1 of three: two of the gather, one to rank 0
 @pytest.mark.parametrize("ordered", [True, False])
 @pytest.mark.parametrize("messages", range(ROUNDS * PER_ROUND))
 def test_a_rank_may_die_at_any_message(messages: int, ordered: bool) -> None:
-    cluster = ThreadCluster(3, 20, ordered=ordered, failures={1: messages})
+    cluster = ThreadCluster(3, HOUR, ordered=ordered, failures={1: messages})
     with pytest.raises(RankDiedError, match=f"^rank 1 died after {messages} messages"):
         cluster.run(rounds)
     assert next(iter(cluster.errors)) == 1
@@ -185,7 +185,7 @@ def test_a_rank_may_die_at_any_message(messages: int, ordered: bool) -> None:
         if rank != 1:
             assert isinstance(error, RankDiedError)
             assert f"rank {rank} stopped waiting for rank" in str(error) and "rank 1 failed" in str(error)
-    assert ThreadCluster(3, 20, ordered=ordered, failures={1: 1000}).run(rounds) == [3.0 * ROUNDS] * 3
+    assert ThreadCluster(3, HOUR, ordered=ordered, failures={1: 1000}).run(rounds) == [3.0 * ROUNDS] * 3
 
 
 @pytest.mark.parametrize("messages", [0, 1, 2, 3])
@@ -282,7 +282,7 @@ def test_no_thread_is_left_and_the_first_failure_is_raised(ordered: bool, fails:
         transport.all_gather(torch.zeros(1)).wait()
         return transport.rank
 
-    cluster = ThreadCluster(3, 20, ordered=ordered)
+    cluster = ThreadCluster(3, HOUR, ordered=ordered)
     if fails is None:
         assert cluster.run(work) == [0, 1, 2] and cluster.errors == {}
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 import distloop
 from distloop.tasks.base import SupervisedObjective
 
-RANK = int(os.environ.get("RANK", "0"))
+RANK = next((int(os.environ[n]) for n in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK") if n in os.environ), 0)
 DATA = TensorDataset(torch.arange(80.0).view(20, 4) / 80, torch.arange(20) % 2)
 
 
@@ -171,6 +172,17 @@ class Dies(nn.Linear):
 
 def KilledRank() -> distloop.Supervised:
     return with_model(Dies(4, 2))
+
+
+class Sleeps(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if RANK == 1:
+            time.sleep(60)
+        return super().forward(x)
+
+
+def SilentRank() -> distloop.Supervised:
+    return with_model(Sleeps(4, 2))
 
 
 class SharedBody(distloop.Supervised):

@@ -28,13 +28,26 @@ from distloop.records import Observer
 from distloop.session import Limits, Monitor, Session, lower_is_better
 from distloop.settings import Resolved
 from distloop.site import Site
-from distloop.strategies import STRATEGIES, Strategy
+from distloop.strategies import STRATEGIES, Strategy, options_of
 from distloop.tasks import import_object, make_task
 from distloop.turns import Turns, checked_turns
 
 Progress = Callable[[int], None]
 
-__all__ = ["Builder", "Place", "make_place"]
+__all__ = ["Builder", "Place", "check", "make_place"]
+
+
+def check(resolved: Resolved) -> None:
+    """Check a configuration's names, and that the chosen methods read the keys that were given.
+
+    Raises:
+        ConfigError: it contradicts itself.
+    """
+    for one in (resolved, *resolved.learners.values()):
+        Method(one)
+    resolved.choose("strategy.name", STRATEGIES)
+    name = resolved.config.strategy.name
+    resolved.refuse_unread("strategy", name, {"name"} | options_of(name))
 
 
 class Builder:
@@ -51,9 +64,7 @@ class Builder:
     def __init__(self, resolved: Resolved, task: Any = None):
         self.resolved, self.config = resolved, resolved.config
         self._task = task
-        for one in (resolved, *resolved.learners.values()):
-            Method(one)
-        resolved.choose("strategy.name", STRATEGIES)
+        check(resolved)
 
     def session(self, place: Place, observers: Sequence[Observer] = ()) -> Session:
         """Build everything; call it on every rank at the same time."""

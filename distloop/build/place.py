@@ -14,6 +14,7 @@ from distloop.config import Config
 from distloop.errors import StorageError, WorldError
 from distloop.messages import gather_json
 from distloop.settings import Resolved
+from distloop.strategies import torch_collects
 from distloop.transports import Alone, Transport
 from distloop.world import World
 
@@ -58,16 +59,14 @@ def make_place(config: Config, world: World, transport: Transport | None = None)
     _set_threads(wanted.threads, world)
     if transport is not None or world.size == 1:
         return Place(world, transport or Alone(), device)
-    backend = wanted.backend if wanted.backend != "auto" else "nccl" if gpus else "gloo"
-    ddp = config.strategy.name == "ddp"
-    # torch's own reducer sends over torch's own connections; nothing else is needed then.
     transport, notes = join(
         world,
-        "torch" if ddp and wanted.transport == "auto" else wanted.transport,
-        backend=backend,
+        wanted.transport,
+        backend=wanted.backend,
         device=device,
         timeout=wanted.timeout,
-        share_memory=wanted.shared_memory and not ddp,
+        share_memory=wanted.shared_memory,
+        torch_collects=torch_collects(config.strategy.name),
     )
     return Place(world, transport, device, tuple(notes))
 

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from distloop import native
-from distloop.collectives import ALL_REDUCE, NARROW, AllReduce, with_wire
+from distloop.collectives import ALL_REDUCE, NARROW, AllReduce, direct, with_wire
 from distloop.messages import gather_json
 from distloop.transports import Transport
 
 SIZES = (1 << 10, 16 << 10, 256 << 10, 2 << 20, 8 << 20)  # bytes
 BUDGET = 2.0  # seconds that measuring may take
+SINGLES = 0.6  # part of what is left of them that trying the following size may take
 REPEATS = 9
 HOPELESS = 3.0  # times the best: from MEANINGFUL bytes on, such an algorithm is not looked at again
 MEANINGFUL = 256 << 10
@@ -133,7 +134,7 @@ def calibrate(
         wire: dtype on the wire, see :func:`distloop.collectives.direct.all_reduce`.
         device: where the tensors will be.
         refresh: measure again, even if the same ranks have done so on the same hosts within the last day.
-        budget: seconds after which no further size is begun.
+        budget: seconds that it may take, as far as can be told beforehand.
     """
     algorithms = candidates(transport, wire, device)
     if len(algorithms) == 1:
@@ -165,34 +166,64 @@ def candidates(transport: Transport, wire: torch.dtype | None, device: torch.dev
 
 
 def _measure(transport: Transport, algorithms: Mapping[str, AllReduce], device: torch.device, budget: float) -> Costs:
+    """Time every algorithm once at every size that it is of use for; then again, as often as the budget allows."""
     begun = time.monotonic()
-    seconds: dict[str, dict[int, float]] = {name: {} for name in algorithms}
-    active = list(algorithms)
-    buffer = transport.allocate(SIZES[-1] // 4, torch.float32, device)
-    for i, size in enumerate(SIZES):
-        tensor = transport.allocate(size // 4, torch.float32, device) if size < SIZES[-1] else buffer
-        once = _slowest(transport, [_timed(transport, algorithms[name], tensor) for name in active], begun)
-        spent = once.pop()
-        # As often as a fair part of what is left of the budget allows, and together: noise then hits all of them alike.
-        share = (budget - spent) / (len(SIZES) - i)
-        repeats = int(min(REPEATS, max(share / sum(once), 1 if i == 0 else 0)))
-        promising = [name for name, t in zip(active, once, strict=True) if t < 2 * HOPELESS * min(once)]
-        rounds = [[_timed(transport, algorithms[name], tensor) for name in promising] for _ in range(repeats)]
-        flat = _slowest(transport, [t for one in rounds for t in one], begun)
-        spent = flat.pop()
+    times: dict[str, dict[int, list[float]]] = {name: {} for name in algorithms}
+    tensors = {size: transport.allocate(size // 4, torch.float32, device) for size in SIZES}
+    active, spent = list(algorithms), 0.0
+    for size, following in itertools.zip_longest(SIZES, SIZES[1:]):
+        *once, spent = _slowest(transport, [_timed(transport, algorithms[n], tensors[size]) for n in active], begun)
         for name, t in zip(active, once, strict=True):
-            own = flat[promising.index(name) :: len(promising)] if repeats and name in promising else [t]
-            seconds[name][size] = sorted(own)[len(own) // 2]
-        best = min(points[size] for points in seconds.values() if size in points)
-        if size >= MEANINGFUL:
-            active = [n for n in active if n == "library" or seconds[n][size] < HOPELESS * best]
-        following = SIZES[i + 1] / size if i + 1 < len(SIZES) else 0
-        if spent + following * sum(seconds[name][size] for name in active) > budget:
+            times[name][size] = [t]
+        if following is not None:
+            active = _worth_trying(dict(zip(active, once, strict=True)), size, following, (budget - spent) * SINGLES)
+        if not active:
             break
-    return Costs(seconds, time.monotonic() - begun)
+    for _ in range(REPEATS):
+        again = _worth_repeating(times, budget - spent)
+        if not again:
+            break
+        *more, spent = _slowest(transport, [_timed(transport, algorithms[n], tensors[s]) for n, s in again], begun)
+        for (name, size), t in zip(again, more, strict=True):
+            times[name][size].append(t)
+    found = {name: {size: _typical(ts) for size, ts in points.items()} for name, points in times.items()}
+    return Costs(found, time.monotonic() - begun)
+
+
+def _worth_trying(times: Mapping[str, float], size: int, following: int, seconds: float) -> list[str]:
+    """Return the algorithms to try at the following size: not the hopeless ones, and as many as there is time for."""
+    hopeless = math.inf if size < MEANINGFUL else HOPELESS * min(times.values())
+    left = seconds
+    chosen: list[str] = []
+    for name in sorted(times, key=lambda name: times[name]):
+        expected = times[name] * following / size  # at most
+        if times[name] <= hopeless and (expected <= left or (not chosen and expected <= 2 * left)):
+            left -= expected
+            chosen.append(name)
+    return [name for name in times if name in chosen]
+
+
+def _worth_repeating(times: Mapping[str, Mapping[int, Sequence[float]]], seconds: float) -> list[tuple[str, int]]:
+    """Return algorithms and sizes that are near the best, the quickest first, as many as there is time for."""
+    cells = [(n, size) for n, points in times.items() for size in points]
+    best = {size: min(min(p[size]) for p in times.values() if size in p) for _, size in cells}
+    near = sorted((_typical(times[n][s]), s, n) for n, s in cells if min(times[n][s]) <= HOPELESS * best[s])
+    left = seconds
+    chosen: list[tuple[str, int]] = []
+    for t, size, name in near:
+        left -= 1.5 * t
+        if left > 0:
+            chosen.append((name, size))
+    return chosen
+
+
+def _typical(times: Sequence[float]) -> float:
+    """Return the lower median: the first of few times is of a cold connection."""
+    return sorted(times)[(len(times) - 1) // 2]
 
 
 def _timed(transport: Transport, all_reduce: AllReduce, tensor: Tensor) -> float:
+    direct.one_shot(transport, torch.zeros(1))  # begin together
     begun = time.perf_counter()
     all_reduce(transport, tensor)
     return time.perf_counter() - begun

@@ -5,14 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distloop.transports import Transport
+from distloop.transports import Transport, Work
+
+SEGMENTS = 8
+SMALLEST = 64 * 1024  # bytes of a message below which a segment more costs more than it hides
 
 
 def all_reduce(transport: Transport, tensor: Tensor, wire: torch.dtype | None = None) -> None:
     """Replace ``tensor`` on every rank by the sum over all ranks, added in rank order.
 
     Bitwise what adding the ranks' tensors one after the other gives, whoever arrives first. Every rank sends and
-    receives 2 (N - 1)/N S bytes, the least there is, in two latencies: 2a + 2 (N - 1)/N S/B.
+    receives 2 (N - 1)/N S bytes, the least there is, in two latencies: 2a + 2 (N - 1)/N S/B. A large buffer goes in
+    segments, so that one is added up while others are on the wire.
 
     Args:
         transport: to the other ranks.
@@ -21,26 +25,56 @@ def all_reduce(transport: Transport, tensor: Tensor, wire: torch.dtype | None = 
             roundoff u of ``wire`` (2**-8 for bf16) the error of an element is at most u times the sum of the ranks'
             magnitudes, plus u times that of the (already rounded) sum. All ranks get the same bits.
     """
-    flat, rank, size = tensor.view(-1), transport.rank, transport.size
-    parts = _split(flat, size)
-    narrow = wire is not None and wire != tensor.dtype
-    sent = [part.to(wire) for part in parts] if narrow else list(parts)
-    rows = torch.empty((size, len(parts[rank])), dtype=sent[rank].dtype, device=tensor.device)
-    peers = transport.peers()
-    coming = {peer: transport.irecv(rows[peer], peer) for peer in peers}
-    going = [transport.isend(sent[peer], peer) for peer in peers]
-    for work in [*coming.values(), *going]:
-        work.wait()
-    own = add_in_rank_order(rows, parts[rank], rank)
-    if narrow:
-        sent[rank] = own.to(wire)
-    coming = {peer: transport.irecv(sent[peer], peer) for peer in peers}
-    going = [transport.isend(sent[rank], peer) for peer in peers]
-    for work in [*coming.values(), *going]:
-        work.wait()
-    if narrow:
-        for part, values in zip(parts, sent, strict=True):
-            part.copy_(values)
+    flat, size = tensor.view(-1), transport.size
+    narrow = wire if wire is not None and wire != tensor.dtype else None
+    segments = [_Segment(transport, part, narrow) for part in flat.chunk(_count(flat, size))]
+    for segment in segments:
+        segment.scatter()
+    for segment in segments:
+        segment.reduce()
+    for segment in segments:
+        segment.finish()
+
+
+class _Segment:
+    """A stretch of the buffer, summed and sent back while others are still on their way."""
+
+    def __init__(self, transport: Transport, flat: Tensor, wire: torch.dtype | None):
+        self._transport, self._wire = transport, wire
+        n, size = len(flat), transport.size
+        self._parts = [flat[n * r // size : n * (r + 1) // size] for r in range(size)]  # by the rank that sums them
+        self._sent = self._parts
+        self._works: list[Work] = []
+
+    def scatter(self) -> None:
+        """Send every rank its part, and expect this rank's from every other."""
+        transport, own = self._transport, self._parts[self._transport.rank]
+        if self._wire is not None:
+            self._sent = [part.to(self._wire) for part in self._parts]
+        self._rows = torch.empty((transport.size, len(own)), dtype=self._sent[0].dtype, device=own.device)
+        self._works = [transport.irecv(self._rows[peer], peer) for peer in transport.peers()]
+        self._works += [transport.isend(self._sent[peer], peer) for peer in transport.peers()]
+
+    def reduce(self) -> None:
+        """Sum this rank's part, send it to every other, and expect theirs."""
+        transport = self._transport
+        self._wait()
+        rank = transport.rank
+        own = add_in_rank_order(self._rows, self._parts[rank], rank)
+        if self._wire is not None:
+            self._sent[rank] = own.to(self._wire)
+        self._works = [transport.irecv(self._sent[peer], peer) for peer in transport.peers()]
+        self._works += [transport.isend(self._sent[rank], peer) for peer in transport.peers()]
+
+    def finish(self) -> None:
+        self._wait()
+        if self._wire is not None:
+            for part, values in zip(self._parts, self._sent, strict=True):
+                part.copy_(values)
+
+    def _wait(self) -> None:
+        for work in self._works:
+            work.wait()
 
 
 def one_shot(transport: Transport, tensor: Tensor, wire: torch.dtype | None = None) -> None:
@@ -77,6 +111,5 @@ def add_in_rank_order(rows: Tensor, own: Tensor, rank: int) -> Tensor:
     return own
 
 
-def _split(flat: Tensor, size: int) -> list[Tensor]:
-    """Cut a buffer into one part per rank, as even as can be; some may be empty."""
-    return [flat[len(flat) * r // size : len(flat) * (r + 1) // size] for r in range(size)]
+def _count(flat: Tensor, size: int) -> int:
+    return max(1, min(SEGMENTS, flat.nbytes // (size * SMALLEST)))

@@ -46,8 +46,9 @@ def _auto(parameters: Parameters, transport: Transport, options: Options) -> Str
 
 # What a configuration may name. ``single`` is not among them: it is what each of them comes to on one rank.
 STRATEGIES: dict[str, Make] = {"ddp": _ddp, "naive": _naive, "ring": _ring, "direct": _direct, "auto": _auto}
-# Which options a strategy reads, beside those that all of them do.
-READS = {"naive": {"deterministic"}, "direct": {"wire_dtype"}, "auto": {"wire_dtype", "calibration"}}
+# Which options each reads.
+EVERY_OPTION = {"bucket_mb", "unused_parameters"}
+OPTIONS = {"naive": {"deterministic"}, "direct": {"wire_dtype"}, "auto": {"wire_dtype", "calibration"}}
 
 
 def make(name: str, parameters: Parameters, transport: Transport, options: Options) -> Strategy:
@@ -55,4 +56,24 @@ def make(name: str, parameters: Parameters, transport: Transport, options: Optio
     return (_single if transport.size == 1 else STRATEGIES[name])(parameters, transport, options)
 
 
-__all__ = ["READS", "STRATEGIES", "Options", "Parameters", "Segment", "Shard", "Strategy", "make"]
+def torch_collects(name: str) -> bool:
+    """Return whether the named strategy leaves the sending of gradients to torch.distributed itself."""
+    return STRATEGIES[name] is _ddp
+
+
+def options_of(name: str) -> set[str]:
+    """Return the options that the named strategy reads."""
+    return EVERY_OPTION | OPTIONS.get(name, set())
+
+
+__all__ = [
+    "STRATEGIES",
+    "Options",
+    "Parameters",
+    "Segment",
+    "Shard",
+    "Strategy",
+    "make",
+    "options_of",
+    "torch_collects",
+]

@@ -74,8 +74,11 @@ class Baton:
             self._last.restore()
 
     def _until_it_comes(self, rank: int) -> None:
+        # Python looks for a signal after a wait, not before: one that comes just then would go unseen for as long as
+        # the others run. Rank 0 may be the main thread, whose signals these are.
+        patience = 1.0 if rank == 0 else None
         while self._holder != rank:
-            self._turned[rank].wait()
+            self._turned[rank].wait(patience)
 
     def _pass_on(self, rank: int) -> None:
         following = self._following(rank)

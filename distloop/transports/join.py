@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from distloop.errors import WorldError
@@ -10,28 +12,28 @@ from distloop.transports.base import Transport
 from distloop.transports.hosts import share
 from distloop.world import World
 
-TRANSPORTS = ("torch", "sockets", "shared_memory", "mpi")
-
 
 def join(
     world: World,
     name: str = "auto",
     *,
-    backend: str = "gloo",
+    backend: str = "auto",
     device: torch.device = torch.device("cpu"),  # noqa: B008 (it never changes)
     timeout: float = 300.0,
     share_memory: bool = True,
+    torch_collects: bool = False,
 ) -> tuple[Transport, list[str]]:
     """Join the other ranks of ``world``.
 
     Args:
         world: this process's place.
-        name: of the transport of gradients: torch, sockets, shared_memory, mpi; or auto, which takes shared memory
-            where all ranks share a host, else sockets, and torch for models on GPUs.
-        backend: of torch.distributed, by which ranks meet if it is not by MPI.
+        name: of the transport of gradients: torch, sockets, shared_memory, mpi; or auto, which takes mpi under an
+            mpirun, shared memory where all ranks share a host, else sockets, and torch for models on GPUs.
+        backend: of torch.distributed, by which ranks meet if it is not by MPI: gloo, nccl, or auto.
         device: where this rank's model lives.
         timeout: seconds after which a silent peer is an error.
         share_memory: whether ranks of one host may share memory.
+        torch_collects: whether gradients are torch's own reducer's to send, which needs nothing of ours.
 
     Returns:
         The transport, and sentences on what was not to be had.
@@ -39,19 +41,34 @@ def join(
     Raises:
         WorldError: the ranks did not find each other, or what was asked for is not there.
     """
-    transport = process_group.connect(world, backend=backend, device=device, timeout=timeout)
+    transport, by_mpi = _meet(world, name, backend, device, timeout)
+    if torch_collects:
+        return transport, []
     if device.type != "cpu":
         if name in ("sockets", "shared_memory"):
             raise WorldError(f"world.transport: {name} carries tensors of CPUs; use torch for models on GPUs")
         return transport, []
     reason = share(transport, timeout, wanted=share_memory)
-    if name == "torch":
+    if name in ("torch", "mpi") or (by_mpi and name == "auto"):
         found: Transport = transport
     elif name == "shared_memory":
         found = _in_shared_memory(transport, reason, timeout)
     else:
         found, reason = _over(transport, name, reason, timeout)
     return found, [f"ranks of one host do not share memory: {reason}"] if reason is not None else []
+
+
+def _meet(world: World, name: str, backend: str, device: torch.device, timeout: float) -> tuple[Transport, bool]:
+    """Return the transport by which ranks meet, and whether that is MPI because an mpirun started them."""
+    # nccl is torch.distributed's, and whoever sets an address wants that as well.
+    by_mpi = world.by_mpirun and "MASTER_ADDR" not in os.environ and backend != "nccl" and name != "torch"
+    if name == "mpi" or by_mpi:
+        from distloop.transports import mpi
+
+        return mpi.connect(world, timeout=timeout), by_mpi
+    if backend == "auto":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+    return process_group.connect(world, backend=backend, device=device, timeout=timeout), False
 
 
 def _in_shared_memory(below: Transport, reason: str | None, timeout: float) -> Transport:

@@ -56,7 +56,7 @@ class ThreadCluster:
     """Runs a function on ``size`` ranks that are threads of this process.
 
     Args:
-        timeout: seconds after which a rank that waits in vain fails; nobody needs it in order.
+        timeout: seconds after which a rank that waits in vain fails; has no effect in order.
         ordered: one rank runs at a time, until it waits for a message that is not there yet, or ends; then the next in
             cyclic order that can run. A program runs the same way every time, every rank has its own random numbers
             (torch's on the CPU, Python's, numpy's), and rank 0 is the calling thread. Ranks that wait for one another
