@@ -11,7 +11,7 @@ from distloop.build import Builder, make_place
 from distloop.collectives.auto import Auto
 from distloop.collectives.auto import calibrate as calibrate_transport
 from distloop.errors import WorldError, found_by_all
-from distloop.failure import lost_peer
+from distloop.failure import parting
 from distloop.records import Observer, Result
 from distloop.settings import Resolved, from_environment, from_file, from_mapping, resolve
 from distloop.strategies.plans import WIRE
@@ -68,10 +68,11 @@ def run(
     try:
         result = builder.session(place, observers).run()
     except BaseException as failure:
+        found = parting(failure, place.transport) if transport is None else failure
         place.transport.close(failed=True)
-        if (peer := lost_peer(failure)) is not None:
-            raise peer from failure
-        raise
+        if found is failure:
+            raise
+        raise found from failure
     place.transport.close()
     return result
 
@@ -92,10 +93,11 @@ def calibrate(resolved: Resolved, world: World) -> Auto:
         wire = WIRE.get(config.strategy.wire_dtype)
         auto = calibrate_transport(place.transport, wire=wire, device=place.device, refresh=True)
     except BaseException as failure:
+        found = parting(failure, place.transport)
         place.transport.close(failed=True)
-        if (peer := lost_peer(failure)) is not None:
-            raise peer from failure
-        raise
+        if found is failure:
+            raise
+        raise found from failure
     place.transport.close()
     return auto
 

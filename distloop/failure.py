@@ -9,12 +9,15 @@ import time
 import traceback as traceback_module
 from collections.abc import Callable
 from types import ModuleType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from distloop.errors import INTERRUPTED, DistloopError, RankDiedError, RankHungError
 from distloop.world import World
 
 PATIENCE = 2.0  # seconds that a rank leaves another to say what both know
+
+if TYPE_CHECKING:
+    from distloop.transports import Transport
 
 
 def guarded(work: Callable[[], int], *, traceback: bool = False) -> NoReturn:
@@ -23,8 +26,6 @@ def guarded(work: Callable[[], int], *, traceback: bool = False) -> NoReturn:
         code = work()
     except DistloopError as failure:
         _report(failure, show_trace=traceback)
-        if isinstance(failure, RankDiedError):
-            time.sleep(0.5)  # let the rank that failed first end first: launchers name that one
         _fail(failure.exit_code)
     except KeyboardInterrupt:
         _fail(INTERRUPTED)
@@ -50,6 +51,23 @@ def lost_peer(failure: BaseException) -> RankDiedError | RankHungError | None:
     if sign is None:
         return None
     return RankDiedError(f"another rank ended, or cannot be reached ({sign[0].lower()}{sign[1:]})")
+
+
+def parting(failure: BaseException, transport: Transport) -> BaseException:
+    """Return what to report of a failure, before this rank leaves the others.
+
+    If it is another rank's, stay connected for a moment: the others are to find that one, and not this one. Those that
+    wait for a silent rank in vain say so meanwhile; who waits for whom does not tell it, as in a ring.
+    """
+    from distloop.transports.process_group import roll_call
+
+    found = lost_peer(failure) or failure
+    if isinstance(found, RankDiedError):
+        time.sleep(0.5)
+    elif isinstance(found, RankHungError) and (silent := roll_call(transport.rank, transport.size)):
+        ranks = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
+        return RankHungError(f"{found}; silent altogether: {ranks}")
+    return found
 
 
 def _report(failure: BaseException, *, show_trace: bool) -> None:

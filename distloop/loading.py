@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -156,6 +159,7 @@ def loader_batches(
         pin_memory=loading.pin_memory and torch.cuda.is_available(),
         timeout=loading.timeout,
         generator=torch.Generator().manual_seed(seed),
+        worker_init_fn=_end_with_parent,
     )
     read = 0
     try:
@@ -167,6 +171,12 @@ def loader_batches(
     except (RuntimeError, OSError) as failure:
         reason = (str(failure).strip().splitlines() or ["no reason given"])[0]
         raise DataError(f"a data worker failed at or after samples {_some(batches[read])}: {reason}") from failure
+
+
+def _end_with_parent(worker: int) -> None:
+    """Have a worker end with its rank, however that ends: its copies of connections would keep the rank's open."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _as_it_is(batch: Any) -> Any:

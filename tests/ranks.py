@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import shutil
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -164,10 +166,16 @@ class Ended:
     code: int
     out: str
     err: str
+    at: float = 0.0  # the time
 
 
-def run_command(*arguments: str, folder: Path, ranks: int = 1, seconds: float = 60, **variables: str) -> list[Ended]:
-    """Run ``distloop ARGUMENTS`` in ``folder``, as one process or as ranks of one world; return how each ended."""
+def run_command(
+    *arguments: str, folder: Path, ranks: int = 1, seconds: float = 60, stays: int | None = None, **variables: str
+) -> list[Ended]:
+    """Run ``distloop ARGUMENTS`` in ``folder``, as one process or as ranks of one world; return how each ended.
+
+    Rank ``stays`` is not waited for, and killed in the end.
+    """
     world: list[dict[str, str]] = [{}]
     if ranks > 1:
         # As under torchrun, the store outlives every rank.
@@ -182,13 +190,19 @@ def run_command(*arguments: str, folder: Path, ranks: int = 1, seconds: float = 
     ]
     for process in processes:
         process.start()
+    ended = dict.fromkeys(processes, 0.0)
+    waiting = {process.sentinel: process for rank, process in enumerate(processes) if rank != stays}
+    deadline = time.monotonic() + seconds
+    while waiting and (ready := multiprocessing.connection.wait(list(waiting), deadline - time.monotonic())):
+        for sentinel in ready:
+            ended[waiting.pop(sentinel)] = time.time()
     for process in processes:
-        process.join(seconds)
+        process.join(0 if ended[process] == 0.0 else None)
         if process.is_alive():
             process.kill()
             process.join()
     return [
-        Ended(process.exitcode or 0, out.read_text(), err.read_text())
+        Ended(process.exitcode or 0, out.read_text(), err.read_text(), ended[process])
         for process, (out, err) in zip(processes, outputs, strict=True)
     ]
 

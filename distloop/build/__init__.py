@@ -73,7 +73,7 @@ class Builder:
         torch.manual_seed(config.train.seed)  # the same first weights on every rank
         task = self._given_or_named()
         objectives: Mapping[str, Objective] = task.objectives
-        agree_on(transport, {"objectives": list(objectives)}, "the task")
+        agree_on(transport, {"objectives": list(objectives), "turns": checked_turns(task)}, "the task")
         self.resolved.check_learners(objectives)
         refuse_shared_parameters(objectives)
         strategies = {name: make_strategy(name, o, place, config.strategy) for name, o in objectives.items()}

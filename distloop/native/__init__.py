@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -30,8 +31,10 @@ def load(name: str) -> ctypes.CDLL:
     if sys.platform != "linux":
         raise UnavailableError(f"it is written for Linux, this is {platform.system()}")
     source = Path(__file__).with_name(f"{name}.c")
-    compiler = os.environ.get("CC", "cc")
-    mark = hashlib.sha256("\0".join([source.read_text(), compiler, *FLAGS, _machine()]).encode()).hexdigest()[:16]
+    if not source.exists():
+        raise UnavailableError(f"{source.name} is not among the installed files")
+    compiler = shlex.split(os.environ.get("CC") or "cc")  # it may have arguments, or stand behind ccache
+    mark = hashlib.sha256("\0".join([source.read_text(), *compiler, *FLAGS, _machine()]).encode()).hexdigest()[:16]
     library = cache() / f"{name}-{mark}.so"
     if not library.exists():
         _compile(compiler, source, library)
@@ -46,7 +49,8 @@ def cache() -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distloop"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
+        found = folder.stat()
+        if found.st_uid == os.getuid() and not found.st_mode & 0o022 and os.access(folder, os.W_OK):
             return folder
     except (OSError, RuntimeError):
         pass
@@ -63,22 +67,22 @@ def _fallback() -> Path:
     return Path(folder)
 
 
-def _compile(compiler: str, source: Path, library: Path) -> None:
-    if shutil.which(compiler) is None:
-        raise UnavailableError(f"there is no C compiler ({compiler}) here")
+def _compile(compiler: list[str], source: Path, library: Path) -> None:
+    if shutil.which(compiler[0]) is None:
+        raise UnavailableError(f"there is no C compiler ({compiler[0]}) here")
     # Several ranks may do this at once: each makes a file of its own, and renaming is atomic.
     handle, made = tempfile.mkstemp(suffix=".so", dir=library.parent)
     os.close(handle)
     try:
         done = subprocess.run(
-            [compiler, *FLAGS, "-o", made, str(source)], capture_output=True, text=True, timeout=60, check=False
+            [*compiler, *FLAGS, "-o", made, str(source)], capture_output=True, text=True, timeout=60, check=False
         )
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[0]
-            raise UnavailableError(f"{compiler} could not compile {source.name} ({reason})")
+            raise UnavailableError(f"{compiler[0]} could not compile {source.name} ({reason})")
         Path(made).rename(library)
     except (OSError, subprocess.TimeoutExpired) as failure:
-        raise UnavailableError(f"{compiler} could not compile {source.name} ({failure})") from failure
+        raise UnavailableError(f"{compiler[0]} could not compile {source.name} ({failure})") from failure
     finally:
         Path(made).unlink(missing_ok=True)
 

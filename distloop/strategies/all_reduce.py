@@ -58,14 +58,16 @@ class BucketedAllReduce(Strategy):
         self, parameters: Parameters, transport: Transport, options: Options, choose: Choose, capacity: Capacity
     ):
         super().__init__(parameters, transport)
-        self.buckets = [Bucket(members, transport) for members in fill(parameters, capacity)]
-        self.shards = [bucket.shard for bucket in self.buckets]
-        self._algorithms = [choose(bucket.flat) for bucket in self.buckets]
+        groups = fill(parameters, capacity)
+        outlines = [_outline(members) for members in groups]
+        self._algorithms = [choose(outline) for outline in outlines]
         self.plan = [
-            f"{len(bucket.flat)} {str(bucket.flat.dtype).removeprefix('torch.')} by {name}"
-            for bucket, (name, _) in zip(self.buckets, self._algorithms, strict=True)
+            f"{len(outline)} {str(outline.dtype).removeprefix('torch.')} by {name}"
+            for outline, (name, _) in zip(outlines, self._algorithms, strict=True)
         ]
-        agree_on(transport, {"buckets": self.plan}, "how gradients are collected")
+        agree_on(transport, {"buckets": self.plan}, "how gradients are collected")  # before memory is shared for them
+        self.buckets = [Bucket(members, transport) for members in groups]
+        self.shards = [bucket.shard for bucket in self.buckets]
         self._step, self._final, self._complete = 0, False, 0
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         overlaps = transport.overlaps and len(self.buckets) > 1
@@ -114,6 +116,11 @@ class BucketedAllReduce(Strategy):
         """Note that backward has added its last to a parameter's gradient; send what can be sent."""
         if not self._final:
             return
+        if i < self._complete:
+            raise ConfigError(
+                f"step {self._step}: a gradient in bucket {i + 1} grew after the bucket had left: backward added to "
+                "one in several goes, as a backward inside backward does; make the loss without that"
+            )
         self.buckets[i].missing -= 1
         first, last = self._complete, len(self.buckets)
         while self._complete < last and self.buckets[self._complete].missing <= 0:
@@ -144,3 +151,9 @@ class BucketedAllReduce(Strategy):
         except DistloopError as failure:
             where = f"step {self._step}, bucket {i + 1} of {len(self.buckets)}"
             raise type(failure)(f"{where} ({name}, {bucket.flat.nbytes:,} bytes): {failure}") from failure
+
+
+def _outline(members: Parameters) -> Tensor:
+    """Return a tensor as a bucket of these parameters will have it, but without memory."""
+    first = next(iter(members.values()))
+    return torch.empty(sum(p.numel() for p in members.values()), dtype=first.dtype, device="meta")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+PATIENCE = 0.5  # seconds for which the lane's end waits for its thread
+
 
 class Lane:
     """Runs ``send(0)``, ``send(1)``, ... one after the other, each once it is ready.
@@ -50,12 +52,12 @@ class Lane:
                 self._changed.notify_all()  # the rest, while the caller makes use of this one
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread; after a failure it may be waiting for another rank, and ends when that is over."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(PATIENCE)
             self._thread = None
 
     def _work(self) -> None:
@@ -69,9 +71,9 @@ class Lane:
     def _send_next(self) -> None:
         """Send the next bucket; called with the lock held, which is free meanwhile."""
         self._busy = True
-        self._changed.release()
         failure: BaseException | None = None
         try:
+            self._changed.release()
             self._send(self._done)
         except BaseException as error:
             failure = error

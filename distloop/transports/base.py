@@ -48,7 +48,7 @@ class Shared(Protocol):
         """Return zeros that the other ranks of this host see too; every rank calls it, for tensors of one size."""
 
     def all_reduce(self, tensor: Tensor) -> None:
-        """Replace ``tensor`` on the ranks of this host by their sum, added in rank order."""
+        """Replace ``tensor``, which is contiguous, on the ranks of this host by their sum, added in rank order."""
 
     def pieces(self, tensor: Tensor) -> Sequence[Tensor]:
         """Return the parts in which the next two take ``tensor``: itself, if it was allocated here."""
@@ -58,6 +58,12 @@ class Shared(Protocol):
 
     def all_gather(self, tensor: Tensor) -> None:
         """Complete ``tensor`` by the slices of the other ranks of this host."""
+
+    def check(self, seconds: float = 0.0) -> None:
+        """Raise RankDiedError if a rank of this host has ended, or does within ``seconds``."""
+
+    def close(self) -> None:
+        """Let go of the other ranks; what was allocated lives on."""
 
 
 class Transport(ABC):

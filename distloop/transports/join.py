@@ -49,9 +49,13 @@ def join(
             raise WorldError(f"world.transport: {name} carries tensors of CPUs; use torch for models on GPUs")
         return transport, []
     reason = share(transport, timeout, wanted=share_memory)
-    notes = [f"ranks of one host do not share memory: {reason}"] if reason is not None else []
-    as_met = name in ("torch", "mpi") or (by_mpi and name == "auto")
-    return (transport if as_met else _over(transport, name, timeout)), notes
+    if name in ("torch", "mpi") or (by_mpi and name == "auto"):
+        found: Transport = transport
+    elif name == "shared_memory":
+        found = _in_shared_memory(transport, reason, timeout)
+    else:
+        found, reason = _over(transport, name, reason, timeout)
+    return found, [f"ranks of one host do not share memory: {reason}"] if reason is not None else []
 
 
 def _meet(world: World, name: str, backend: str, device: torch.device, timeout: float) -> tuple[Transport, bool]:
@@ -67,13 +71,24 @@ def _meet(world: World, name: str, backend: str, device: torch.device, timeout: 
     return process_group.connect(world, backend=backend, device=device, timeout=timeout), False
 
 
-def _over(below: Transport, name: str, timeout: float) -> Transport:
-    """Return the transport of a name over the one by which the ranks met."""
+def _in_shared_memory(below: Transport, reason: str | None, timeout: float) -> Transport:
+    from distloop.transports.queues import QueueTransport
+
+    if len(set(below.hosts)) > 1:
+        raise WorldError("world.transport: shared_memory is for ranks of one host; use auto, sockets or torch")
+    if reason is not None:
+        raise WorldError(f"world.transport: shared_memory cannot be had: {reason}; use auto, sockets or torch")
+    return QueueTransport(below, timeout)
+
+
+def _over(below: Transport, name: str, reason: str | None, timeout: float) -> tuple[Transport, str | None]:
+    """Return the transport for ``auto`` or ``sockets``, and why ranks of one host share less than they could."""
     from distloop.transports.queues import QueueTransport
     from distloop.transports.sockets import SocketTransport
 
-    if len(set(below.hosts)) > 1 and name == "shared_memory":
-        raise WorldError("world.transport: shared_memory is for ranks of one host; use auto, sockets or torch")
     if name != "sockets" and below.shared is not None and len(below.shared.ranks) == below.size:
-        return QueueTransport(below, timeout)
-    return SocketTransport(below, timeout)
+        try:
+            return QueueTransport(below, timeout), reason
+        except WorldError as refusal:
+            reason = str(refusal)
+    return SocketTransport(below, timeout), reason

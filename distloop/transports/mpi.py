@@ -162,6 +162,8 @@ class MpiTransport(Transport):
 
     def close(self, *, failed: bool = False) -> None:
         """Leave together; after a failure leave MPI unfinished, from which mpirun sees that the others must end."""
+        if self.shared is not None:
+            self.shared.close()
         if failed:
             stay()
             return

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,8 +19,10 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from distloop.errors import RankDiedError, RankHungError, WorldError
-from distloop.transports.base import CONTROL_TAG, Rows, Transport, Work
+from distloop.transports.base import CONTROL_TAG, Rows, Shared, Transport, Work
 from distloop.world import World
+
+Answer = TypeVar("Answer")
 
 # How gloo says, in a bare RuntimeError, that a peer is gone, and that it is silent.
 LOST = (
@@ -25,7 +32,7 @@ LOST = (
     "Broken pipe",
     "remote process exited",
 )
-SILENT = ("Timed out waiting", "Timeout waiting")
+SILENT = ("Timed out waiting", "Timeout waiting", "Application timeout caused pair closure")
 
 
 class TorchTransport(Transport):
@@ -39,17 +46,17 @@ class TorchTransport(Transport):
 
     def isend(self, tensor: Tensor, to: int, tag: int = 0) -> Work:
         self._check(tensor)
-        return PeerWork(dist.isend(tensor, to, group=self._group(tag), tag=tag), to)
+        return GlooWork(dist.isend(tensor, to, group=self._group(tag), tag=tag), f"rank {to}", self.shared)
 
     def irecv(self, tensor: Tensor, source: int, tag: int = 0) -> Work:
         self._check(tensor)
-        return PeerWork(dist.irecv(tensor, source, group=self._group(tag), tag=tag), source)
+        return GlooWork(dist.irecv(tensor, source, group=self._group(tag), tag=tag), f"rank {source}", self.shared)
 
     def all_gather(self, tensor: Tensor) -> Rows:
         # gloo matches an operation to its peers' by order, so the copy may be made now and sent later.
         rows = torch.empty((self.size, *tensor.shape), dtype=tensor.dtype)
         work = dist.all_gather(list(rows.unbind(0)), tensor.clone(), group=self.control, async_op=True)
-        return Rows(rows, [_work(work)])
+        return Rows(rows, [GlooWork(work, "another rank", self.shared)])
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> None:
         whole = tensor.contiguous()  # gloo writes as if it were
@@ -61,13 +68,15 @@ class TorchTransport(Transport):
         return self.data
 
     def close(self, *, failed: bool = False) -> None:
+        if self.shared is not None:
+            self.shared.close()
         if failed:
             return  # destroying a group whose peers are gone can wait for ever; the process is about to end
         dist.barrier(group=self.control)
         dist.destroy_process_group()
 
     def _all_reduce(self, tensor: Tensor) -> None:
-        dist.all_reduce(tensor, group=self.data)
+        GlooWork(dist.all_reduce(tensor, group=self.data, async_op=True), "another rank", self.shared).wait()
 
     def _check(self, tensor: Tensor) -> None:
         if tensor.is_cuda and self._on_host:
@@ -77,30 +86,26 @@ class TorchTransport(Transport):
         return self.control if tag == CONTROL_TAG else self.data
 
 
-class PeerWork:
-    """A message under way; a failure of it names the rank at its other end."""
+class GlooWork:
+    """An operation under way; a failure of it names the rank at its other end, where there is one."""
 
-    def __init__(self, work: dist.Work | None, peer: int):
-        self._work, self._peer = _work(work), peer
+    def __init__(self, work: dist.Work | None, whose: str, shared: Shared | None):
+        if work is None:
+            raise RuntimeError("this process is not a member of the process group")
+        self._work, self._whose, self._shared = work, whose, shared
 
     def wait(self) -> None:
         try:
             self._work.wait()
         except RuntimeError as failure:
             text = str(failure)
+            if self._shared is not None and any(sign in text for sign in (*LOST, *SILENT)):
+                self._shared.check(0.2)  # it can name who has ended: connections close a moment before
             if any(sign in text for sign in SILENT):
-                raise RankHungError(
-                    f"nothing was heard from rank {self._peer} for as long as world.timeout"
-                ) from failure
+                raise RankHungError(f"{self._whose} has not been heard from for as long as world.timeout") from failure
             if any(sign in text for sign in LOST):
-                raise RankDiedError(f"rank {self._peer} has ended, or cannot be reached") from failure
+                raise RankDiedError(f"{self._whose} has ended, or cannot be reached") from failure
             raise
-
-
-def _work(work: dist.Work | None) -> Work:
-    if work is None:
-        raise RuntimeError("this process is not a member of the process group")
-    return work
 
 
 def connect(world: World, *, backend: str, device: torch.device, timeout: float) -> TorchTransport:
@@ -190,12 +195,34 @@ def has_met() -> bool:
 
 def claim(what: str) -> bool:
     """Return whether this is the first rank to claim ``what``; alone, or cut off from the others, it always is."""
-    if _meeting.store is None:
-        return True
-    try:
-        return int(_meeting.store.add(f"{_prefix()}/claim/{what}", 1)) == 1
-    except (dist.DistError, RuntimeError):
-        return True
+    number = _ask(lambda store: store.add(f"{_prefix()}/claim/{what}", 1), 1.0)
+    return number is None or number == 1
+
+
+def roll_call(rank: int, size: int, seconds: float = 1.0) -> list[int]:
+    """Say that this rank is there, and a while later return those that have not said so; none if it cannot be known."""
+
+    def missing(store: Store) -> list[int]:
+        store.set(f"{_prefix()}/there/{rank}", "")
+        time.sleep(seconds)
+        return [other for other in range(size) if not store.check([f"{_prefix()}/there/{other}"])]
+
+    return _ask(missing, 2 * seconds) or []
+
+
+def _ask(question: Callable[[Store], Answer], seconds: float) -> Answer | None:
+    """Ask the store; None if it does not answer: its server may have ended, or be a process that stands still."""
+    store, answers = _meeting.store, []
+
+    def ask(store: Store) -> None:
+        with suppress(dist.DistError, RuntimeError):
+            answers.append(question(store))
+
+    if store is not None:
+        asking = threading.Thread(target=ask, args=(store,), daemon=True)  # asking has no timeout of its own
+        asking.start()
+        asking.join(seconds)
+    return answers[0] if answers else None
 
 
 def nccl_unusable() -> str:

@@ -51,7 +51,7 @@ class QueueTransport(StreamTransport):
         try:
             self._memory = shared.map(LINE + QUEUE * below.size)  # a bell, and a queue for each rank to this one
         except RefusedError as refusal:
-            raise WorldError(f"shared memory: {refusal}") from refusal
+            raise WorldError(str(refusal)) from refusal
         rank, starts = below.rank, self._memory.addresses
         for source in range(below.size):
             library.dl_queue_init(starts[rank] + LINE + QUEUE * source, QUEUE)

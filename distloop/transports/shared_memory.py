@@ -7,12 +7,12 @@ last process that uses it, however that ends.
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import select
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -21,39 +21,13 @@ from torch import Tensor
 from distloop import native
 from distloop.errors import RankDiedError, RankHungError
 from distloop.transports.base import Transport
+from distloop.transports.mappings import Buffer, Mapping, as_tensor, pointers
 
 SLOT = 256 * 1024  # bytes up to which a buffer is summed through a slot, with one barrier in place of two
 SCRATCH = 4 * 2**20  # bytes of a larger buffer that does not live in shared memory which are summed at a time
 LINE = 64  # bytes of a bell in the C helper
 LOOK = 50_000_000  # nanoseconds of waiting after which a rank looks whether its peers are alive
 _SUFFIX = {torch.float32: "float", torch.float64: "double"}
-_Pointers = ctypes.Array[ctypes.c_void_p]
-
-
-class _Mapping(mmap.mmap):
-    """A mapping that can be referred to weakly."""
-
-
-class Buffer:
-    """A stretch of memory per rank of this host, each mapped by all of them."""
-
-    def __init__(self, addresses: Sequence[int], size: int, keep: object):
-        self.addresses, self._size, self._keep = list(addresses), size, keep
-        self.pointers = _pointers(self.addresses)
-
-    def tensor(self, rank: int, dtype: torch.dtype, numel: int) -> Tensor:
-        """Return the beginning of a rank's stretch as a tensor."""
-        if not numel:
-            return torch.empty(0, dtype=dtype)
-        data = (ctypes.c_char * self._size).from_address(self.addresses[rank])
-        return torch.frombuffer(data, dtype=dtype, count=numel)
-
-    def part(self, offset: int, size: int) -> Buffer:
-        return Buffer([address + offset for address in self.addresses], size, self._keep)
-
-
-def _pointers(addresses: Sequence[int]) -> _Pointers:
-    return (ctypes.c_void_p * len(addresses))(*addresses)
 
 
 class Peers:
@@ -64,13 +38,17 @@ class Peers:
         self._poll = select.poll()
         for rank, pid in zip(ranks, pids, strict=True):
             if pid != os.getpid():
-                handle = os.pidfd_open(pid)
+                try:
+                    handle = os.pidfd_open(pid)
+                except OSError:
+                    self.close()
+                    raise
                 self._ranks[handle] = rank
                 self._poll.register(handle, select.POLLIN)
 
-    def check(self) -> None:
-        """Raise RankDiedError if one has ended."""
-        for handle, _ in self._poll.poll(0):
+    def check(self, seconds: float = 0.0) -> None:
+        """Raise RankDiedError if one has ended, or does within ``seconds``."""
+        for handle, _ in self._poll.poll(seconds * 1000):
             raise RankDiedError(f"rank {self._ranks[handle]} of this host has ended")
 
     def close(self) -> None:
@@ -96,41 +74,44 @@ class SharedMemory:
         self._rank, self._size = self.ranks.index(transport.rank), len(self.ranks)
         self._native = _declared(native.load("shared_memory"))
         self._pids = list(pids)
-        self.peers = Peers(self.ranks, self._pids)
+        self.peers = self._watch()
         cores = len(os.sched_getaffinity(0))
-        self.spins = (
-            4000 if cores >= self._size else 0
-        )  # where ranks share cores, spinning keeps the others from theirs
+        # Where ranks share cores, spinning keeps the others from theirs.
+        self.spins = 4000 if cores >= self._size else 0
         self.timeout = timeout
         self._round, self._small = 0, 0
+        self._buffers: dict[int, Buffer] = {}
         bells = LINE * self._size
-        memory = self.map(bells + 2 * SLOT + SCRATCH)
+        try:
+            memory = self.map(bells + 2 * SLOT + SCRATCH)
+        except RefusedError:
+            self.close()
+            raise
         self._bells = memory.addresses[0]  # the first rank's
         self._slots = [memory.part(bells + i * SLOT, SLOT).pointers for i in range(2)]
         self._scratch = memory.part(bells + 2 * SLOT, SCRATCH)
-        self._buffers: dict[int, Buffer] = {}
 
     def allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
-        size = max(numel * dtype.itemsize, 1)
         try:
-            mappings = self._map(size)
+            mappings = self._map(max(numel * dtype.itemsize, 1))
         except RefusedError:
             return torch.zeros(numel, dtype=dtype)  # copied in and out, then, with the same sums
-        buffer = _buffer(mappings)
+        shared = Buffer.of(mappings)
         own = mappings.pop(self._rank)  # the tensor's, and gone with it; the others' go when the record does
-        self._buffers[buffer.addresses[self._rank]] = buffer
-        weakref.finalize(own, self._buffers.pop, buffer.addresses[self._rank], None)
-        return torch.frombuffer(own, dtype=dtype, count=numel)
+        self._buffers[own.address] = shared
+        weakref.finalize(own, self._buffers.pop, own.address, None).atexit = False
+        return as_tensor(own.address, own.size, dtype, numel, keep=own)
 
     def all_reduce(self, tensor: Tensor) -> None:
+        flat = tensor.view(-1)  # refuses what is not contiguous: below only its address counts
         if tensor.nbytes <= SLOT and tensor.dtype in _SUFFIX:
-            self._through_slots(tensor)
+            self._through_slots(flat)
             return
-        buffer = self._buffers.get(tensor.data_ptr())
-        if buffer is not None:
-            self._in_place(buffer, tensor.numel(), tensor.dtype)
+        shared = self._buffers.get(tensor.data_ptr())
+        if shared is not None:
+            self._in_place(shared, tensor.numel(), tensor.dtype)
             return
-        for piece in tensor.view(-1).split(SCRATCH // tensor.element_size()):
+        for piece in flat.split(SCRATCH // tensor.element_size()):
             staged = self._scratch.tensor(self._rank, piece.dtype, piece.numel())
             staged.copy_(piece)
             self._in_place(self._scratch, piece.numel(), piece.dtype)
@@ -174,6 +155,9 @@ class SharedMemory:
             )
         )
 
+    def check(self, seconds: float = 0.0) -> None:
+        self.peers.check(seconds)
+
     def close(self) -> None:
         self.peers.close()
         self._buffers.clear()
@@ -204,20 +188,20 @@ class SharedMemory:
             return
         deadline = time.monotonic() + self.timeout
         while attempt(1):
+            late = self._late()
             self.peers.check()
-            if time.monotonic() > deadline:
-                late = [
-                    str(rank)
-                    for i, rank in enumerate(self.ranks)
-                    if i != self._rank and self._behind(self._native.dl_arrived(self._bells, i))
-                ]
+            if late and time.monotonic() > deadline:
                 raise RankHungError(
-                    f"rank {self._transport.rank} waited {self.timeout:g} s in shared memory and heard nothing from "
-                    f"rank{'s' if len(late) > 1 else ''} {', '.join(late)}"
+                    f"rank {self._transport.rank} waited {self.timeout:g} s in shared memory; not heard from: "
+                    f"rank{'s' if len(late) > 1 else ''} {', '.join(map(str, late))}"
                 )
 
-    def _behind(self, arrived: int) -> bool:
-        return ((arrived - self._round) & 0xFFFFFFFF) >= 1 << 31
+    def _late(self) -> list[int]:
+        """Return the ranks that have not come to the present barrier."""
+        behind = [
+            ((self._native.dl_arrived(self._bells, i) - self._round) & 0xFFFFFFFF) >= 1 << 31 for i in range(self._size)
+        ]
+        return [rank for i, rank in enumerate(self.ranks) if i != self._rank and behind[i]]
 
     def _in_place(self, buffer: Buffer, numel: int, dtype: torch.dtype) -> None:
         self.barrier()
@@ -233,7 +217,7 @@ class SharedMemory:
     def _sum(self, buffer: Buffer, dtype: torch.dtype, start: int, stop: int, to: Sequence[int]) -> None:
         """Sum elements ``start`` to ``stop`` over all ranks, in rank order, into those of the ranks ``to``."""
         if dtype in _SUFFIX:
-            target = buffer.pointers if len(to) > 1 else _pointers([buffer.addresses[rank] for rank in to])
+            target = buffer.pointers if len(to) > 1 else pointers([buffer.addresses[rank] for rank in to])
             getattr(self._native, f"dl_sum_{_SUFFIX[dtype]}")(buffer.pointers, self._size, target, len(to), start, stop)
             return
         parts = [buffer.tensor(rank, dtype, stop)[start:] for rank in range(self._size)]
@@ -246,9 +230,9 @@ class SharedMemory:
 
     def map(self, size: int) -> Buffer:
         """Return ``size`` bytes on each rank, that last as long as the buffer. Raises RefusedError, on all ranks."""
-        return _buffer(self._map(size))
+        return Buffer.of(self._map(size))
 
-    def _map(self, size: int) -> list[_Mapping]:
+    def _map(self, size: int) -> list[Mapping]:
         """Make ``size`` bytes on each rank and map those of all; refused by all if one cannot."""
         handle, reserved = -1, True
         try:
@@ -256,34 +240,45 @@ class SharedMemory:
             os.posix_fallocate(handle, 0, size)  # now, rather than by a bus error later
         except OSError:
             reserved = False
-        told = self._told(handle if reserved else -1)
-        handles = [told[rank] for rank in self.ranks]
-        mappings: list[_Mapping] = []
         try:
-            for pid, theirs in zip(self._pids, handles, strict=True):
-                if theirs < 0:
-                    raise OSError("it has no memory left")
-                opened = os.open(f"/proc/{pid}/fd/{theirs}", os.O_RDWR | os.O_CLOEXEC)
-                try:
-                    mappings.append(_Mapping(opened, size))
-                finally:
-                    os.close(opened)
-        except (OSError, ValueError):
-            mappings = []
-        everyone = self._told(len(mappings) == self._size)  # and only then close what they open
-        if handle >= 0:
-            os.close(handle)
+            mappings = self._opened(self._told(handle if reserved else -1), size)
+            everyone = self._told(len(mappings) == self._size)  # and only then close what they open
+        finally:
+            if handle >= 0:
+                os.close(handle)
         if not all(everyone):
             raise RefusedError(f"no {size / 2**20:.3g} MiB of memory to share could be had")
         return mappings
 
+    def _opened(self, handles: Sequence[int], size: int) -> list[Mapping]:
+        """Map what the ranks of this host, by their descriptors, have reserved; nothing if one cannot be had."""
+        mappings: list[Mapping] = []
+        for pid, rank in zip(self._pids, self.ranks, strict=True):
+            if handles[rank] < 0:
+                return []
+            try:
+                opened = os.open(f"/proc/{pid}/fd/{handles[rank]}", os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    mappings.append(Mapping(opened, size))
+                finally:
+                    os.close(opened)
+            except OSError:
+                return []
+        return mappings
+
+    def _watch(self) -> Peers:
+        """Watch the processes of this host. Raises RefusedError, on all ranks, if one may not."""
+        peers = None
+        with suppress(OSError):
+            peers = Peers(self.ranks, self._pids)
+        if all(self._told(peers is not None)) and peers is not None:
+            return peers
+        if peers is not None:
+            peers.close()
+        raise RefusedError("processes may not watch each other here")
+
     def _told(self, own: int) -> list[int]:
         return [int(row) for row in self._transport.all_gather(torch.tensor([own], dtype=torch.int64)).wait()]
-
-
-def _buffer(mappings: Sequence[_Mapping]) -> Buffer:
-    addresses = [ctypes.addressof(ctypes.c_char.from_buffer(m)) for m in mappings]
-    return Buffer(addresses, len(mappings[0]), mappings)
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:

@@ -10,6 +10,7 @@ import socket
 import struct
 import sys
 import time
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -18,11 +19,22 @@ from distloop.errors import RankDiedError, WorldError
 from distloop.transports.base import Transport
 from distloop.transports.streams import StreamTransport
 
+HELLO = 2.0  # seconds that a caller has to say who it is
 TOKEN = 16  # bytes of the secret that a connection begins with, so that no stranger is taken for a rank
 # What the kernel takes off us beyond what is on the wire: with megabytes of it, who is sent to first would not matter.
 MOST_UNSENT = 128 * 1024  # bytes
 UNSENT = 25 if sys.platform == "linux" else None  # TCP_NOTSENT_LOWAT, which Python's socket has no name for
 _RDHUP = getattr(select, "POLLRDHUP", 0)
+_OPEN: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+
+def _forget() -> None:
+    """Close a forked process's copies: a loader's worker that outlived its rank would keep it seemingly alive."""
+    for connection in list(_OPEN):
+        connection.close()
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 class SocketStream:
@@ -34,6 +46,7 @@ class SocketStream:
         if UNSENT is not None:
             connection.setsockopt(socket.IPPROTO_TCP, UNSENT, MOST_UNSENT)
         self.connection, self.peer = connection, peer
+        _OPEN.add(connection)
 
     def write(self, parts: Sequence[memoryview]) -> int:
         try:
@@ -102,15 +115,16 @@ def connect_all(below: Transport, timeout: float) -> dict[int, socket.socket]:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family) as listener:
         listener.bind((address, 0))
-        listener.listen(below.size)
+        listener.listen(below.size + 128)  # strangers must not fill the queue
         told = _tell(below, address, listener.getsockname()[1], secrets.token_bytes(TOKEN))
         token = told[0][2]
         connections: dict[int, socket.socket] = {}
         failure = ""
+        deadline = time.monotonic() + timeout / 2  # the other half is for telling the others
         try:
             for peer in range(below.rank):
-                connections[peer] = _call(told[peer][0], told[peer][1], token, below.rank, timeout)
-            _answer(listener, connections, below, token, timeout)
+                connections[peer] = _call(told[peer][0], told[peer][1], token, below.rank, _left(deadline))
+            _answer(listener, connections, below, token, deadline)
         except OSError as error:
             missing = [str(p) for p in below.peers() if p not in connections]
             failure = f"rank {below.rank} at {address} could not connect to rank {', '.join(sorted(missing))}: {error}"
@@ -173,23 +187,35 @@ def _call(address: str, port: int, token: bytes, rank: int, timeout: float) -> s
 
 
 def _answer(
-    listener: socket.socket, connections: dict[int, socket.socket], below: Transport, token: bytes, timeout: float
+    listener: socket.socket, connections: dict[int, socket.socket], below: Transport, token: bytes, deadline: float
 ) -> None:
     """Accept a connection from every higher rank; hang up on whoever does not know the token."""
-    deadline = time.monotonic() + timeout
     while len(connections) < below.size - 1:
-        listener.settimeout(max(deadline - time.monotonic(), 0.001))
+        listener.settimeout(_left(deadline))
         connection, _ = listener.accept()
-        connection.settimeout(5.0)
-        hello = b""
-        try:
-            while len(hello) < TOKEN + 4 and (more := connection.recv(TOKEN + 4 - len(hello))):
-                hello += more
-        except OSError:
-            hello = b""
+        hello = _hello(connection, min(deadline, time.monotonic() + HELLO))
         caller = int.from_bytes(hello[TOKEN:], "little")
         known = secrets.compare_digest(hello[:TOKEN], token) and below.rank < caller < below.size
         if known and len(hello) == TOKEN + 4 and caller not in connections:
             connections[caller] = connection
         else:
             connection.close()
+
+
+def _hello(connection: socket.socket, deadline: float) -> bytes:
+    """Return what a caller says of itself; nothing if it takes its time, however many bytes it lets trickle."""
+    hello = b""
+    try:
+        while len(hello) < TOKEN + 4:
+            connection.settimeout(_left(deadline))
+            more = connection.recv(TOKEN + 4 - len(hello))
+            if not more:
+                break
+            hello += more
+    except OSError:
+        return b""
+    return hello
+
+
+def _left(deadline: float) -> float:
+    return max(deadline - time.monotonic(), 0.001)

@@ -37,14 +37,15 @@ class Stream(Protocol):
 class _Message:
     """What is left of a header and its payload."""
 
-    __slots__ = ("done", "header", "left", "number", "parts", "tensor")
+    __slots__ = ("done", "header", "left", "number", "parts", "size", "tensor")
 
     def __init__(self, tensor: Tensor, number: int, header: bytes | None):
         self.tensor, self.number = tensor, number
-        payload = memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        payload = memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         self.header = bytearray(HEADER.size) if header is None else bytearray(header)
         self.parts = [memoryview(self.header), payload] if payload.nbytes else [memoryview(self.header)]
-        self.left = HEADER.size + payload.nbytes
+        self.size = payload.nbytes
+        self.left = HEADER.size + self.size
         self.done = False
 
     def advance(self, moved: int) -> None:
@@ -114,9 +115,12 @@ class StreamTransport(Transport):
         return self._below.process_group()
 
     def close(self, *, failed: bool = False) -> None:
-        if not failed:
-            self.all_gather(torch.zeros(1)).wait()  # a peer that still waits must not see this rank's end as its death
-        self.close_streams()
+        try:
+            if not failed:
+                # A peer that still waits must not see this rank's end as its death.
+                self.all_gather(torch.zeros(1)).wait()
+        finally:
+            self.close_streams()
         self._below.close(failed=failed)
 
     def progress(self, message: _Message, peer: int, verb: str) -> None:
@@ -174,7 +178,7 @@ class StreamTransport(Transport):
                 break
             moved = True
             message.advance(n)
-            if len(message.parts) < 2:  # the header is complete
+            if message.left <= message.size:  # the header is complete
                 self._check(message, source)
             if not message.done:
                 break
@@ -183,8 +187,8 @@ class StreamTransport(Transport):
 
     def _check(self, message: _Message, source: int) -> None:
         number, size = HEADER.unpack(message.header)
-        if (number, size) != (message.number, message.tensor.nbytes):
-            expected = f"message {message.number} of {message.tensor.nbytes} bytes"
+        if (number, size) != (message.number, message.size):
+            expected = f"message {message.number} of {message.size} bytes"
             raise MismatchError(
                 f"rank {self.rank} expected {expected} from rank {source}, "
                 f"which sent message {number} of {size} bytes: the ranks do not do the same"
