@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import zip_longest
-
 import torch
 from torch import Tensor
 
@@ -11,6 +9,7 @@ from distloop.transports import Transport, Work
 
 MESSAGE = 256 * 1024  # bytes of a message on the wire: large buffers go in segments of so much to each rank
 MANY = 32  # segments
+LAG = 3  # segments that are sent before the first is finished
 
 
 def all_reduce(transport: Transport, tensor: Tensor, wire: torch.dtype | None = None) -> None:
@@ -32,13 +31,14 @@ def all_reduce(transport: Transport, tensor: Tensor, wire: torch.dtype | None = 
     width = (narrow or tensor.dtype).itemsize
     count = max(1, min(MANY, round(len(flat) * width / (size * MESSAGE))))
     segments = [_Segment(transport, part, narrow, alone=count > 1) for part in flat.chunk(count)]
-    segments[0].scatter()
-    for segment, following in zip_longest(segments, segments[1:]):
-        if following is not None:
-            following.scatter()
-        segment.reduce()
-    for segment in segments:
-        segment.finish()
+    count = len(segments)
+    for i in range(count + LAG):  # each stage on a segment of its own, so that none waits for what has just been sent
+        if i < count:
+            segments[i].scatter()
+        if 1 <= i <= count:
+            segments[i - 1].reduce()
+        if i >= LAG:
+            segments[i - LAG].finish()
 
 
 class _Segment:

@@ -77,7 +77,7 @@ class SharedMemory:
         self.peers = self._watch()
         cores = len(os.sched_getaffinity(0))
         # Where ranks share cores, spinning keeps the others from theirs.
-        self.spins = 4000 if cores >= self._size else 0
+        self.spins = 100 if cores >= self._size else 0
         self.timeout = timeout
         self._round, self._small = 0, 0
         self._buffers: dict[int, Buffer] = {}
