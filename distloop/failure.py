@@ -50,7 +50,7 @@ def lost_peer(failure: BaseException) -> RankDiedError | RankHungError | None:
     sign = next((sign for sign in LOST if sign in str(failure)), None)
     if sign is None:
         return None
-    return RankDiedError(f"another rank ended, or cannot be reached ({sign[0].lower()}{sign[1:]})")
+    return RankDiedError(f"another rank has ended, or cannot be reached ({sign[0].lower()}{sign[1:]})")
 
 
 def parting(failure: BaseException, transport: Transport) -> BaseException:

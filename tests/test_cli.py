@@ -201,8 +201,8 @@ IN_COMPANY = [
         {12},
         "ranks collect differently: collect(0) returned a data set on rank 0",
     ),
-    ("tests.user_tasks:KilledRank", "ddp", {10, -9}, "another rank ended"),
-    ("tests.user_tasks:KilledRank", "naive", {10, -9}, "another rank ended"),
+    ("tests.user_tasks:KilledRank", "ddp", {10, -9}, "another rank has ended"),
+    ("tests.user_tasks:KilledRank", "naive", {10, -9}, "rank 1 of this host has ended"),
 ]
 
 

@@ -75,7 +75,7 @@ def test_a_killed_rank_ends_the_others_at_once(tmp_path: Path, cases: list[tuple
         assert codes == [10, 10], (case, said)
         assert len(said) == 1, (case, said)
         if case == "ddp-torch":
-            assert "another rank ended" in said[0], "gloo does not say which"
+            assert "another rank has ended" in said[0], "gloo does not say which"
         else:
             assert re.search(r"step 5, bucket 1 of 3 \(\w+, 200 bytes\): rank 1 ", said[0]), (case, said)
 
