@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -28,9 +31,25 @@ def all_reduce(transport: Transport, tensor: Tensor, wire: torch.dtype | None = 
     """
     flat, size = tensor.view(-1), transport.size
     narrow = wire if wire is not None and wire != tensor.dtype else None
-    width = (narrow or tensor.dtype).itemsize
-    count = max(1, min(MANY, round(len(flat) * width / (size * MESSAGE))))
-    segments = [_Segment(transport, part, narrow, alone=count > 1) for part in flat.chunk(count)]
+    count = segments_of(len(flat) * (narrow or tensor.dtype).itemsize // size)
+    in_stages([Segment(transport, part, narrow, alone=count > 1) for part in flat.chunk(count)])
+
+
+def segments_of(nbytes: int) -> int:
+    """Return in how many segments to send a message of ``nbytes`` to each rank."""
+    return max(1, min(MANY, round(nbytes / MESSAGE)))
+
+
+class Staged(Protocol):
+    """A part of an all-reduce, in three stages."""
+
+    def scatter(self) -> None: ...
+    def reduce(self) -> None: ...
+    def finish(self) -> None: ...
+
+
+def in_stages(segments: Sequence[Staged]) -> None:
+    """Do segments side by side: while one is added up another is on the wire, in the same order on every rank."""
     count = len(segments)
     for i in range(count + LAG):  # each stage on a segment of its own, so that none waits for what has just been sent
         if i < count:
@@ -41,7 +60,7 @@ def all_reduce(transport: Transport, tensor: Tensor, wire: torch.dtype | None = 
             segments[i - LAG].finish()
 
 
-class _Segment:
+class Segment:
     """A stretch of the buffer, summed and sent back while the next is on its way.
 
     ``alone``: send to one rank after the other, each beginning with the one behind it, so that every link carries one

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distloop.collectives import direct
 from distloop.transports import Transport, Work
+from distloop.transports.base import Shared
 
 ONE_SHOT = 16 * 1024  # bytes below which latency is what costs between hosts
 
@@ -27,13 +28,40 @@ def all_reduce(transport: Transport, tensor: Tensor, wire: torch.dtype | None = 
     if shared is None or len(set(Counter(transport.hosts).values())) > 1:
         direct.all_reduce(transport, tensor, wire)
         return
-    across = Group(transport, _counterparts(transport))
-    for piece in shared.pieces(tensor.view(-1)):
+    across, flat = Group(transport, _counterparts(transport)), tensor.view(-1)
+    narrow = wire if wire is not None and wire != tensor.dtype else None
+    # Only where a send does not wait for its receiver: that one may be waiting for a rank of its host meanwhile.
+    if across.eager and shared.holds(flat):
+        width = (narrow or tensor.dtype).itemsize
+        count = direct.segments_of(len(flat) * width // (len(shared.ranks) * across.size))
+        if count > 1:
+            direct.in_stages([_Piece(across, shared, piece, narrow) for piece in flat.chunk(count)])
+            return
+    for piece in shared.pieces(flat):
         own = shared.reduce_scatter(piece)
         if across.size > 1 and len(own):
             small = across.size == 2 or own.nbytes <= ONE_SHOT
             (direct.one_shot if small else direct.all_reduce)(across, own, wire)
         shared.all_gather(piece)
+
+
+class _Piece:
+    """A part of the buffer, on its way between hosts while others are summed and shown within them."""
+
+    def __init__(self, across: Group, shared: Shared, piece: Tensor, wire: torch.dtype | None):
+        self._across, self._shared, self._piece, self._wire = across, shared, piece, wire
+
+    def scatter(self) -> None:
+        own = self._shared.reduce_scatter(self._piece)
+        self._segment = direct.Segment(self._across, own, self._wire, alone=True)
+        self._segment.scatter()
+
+    def reduce(self) -> None:
+        self._segment.reduce()
+
+    def finish(self) -> None:
+        self._segment.finish()
+        self._shared.all_gather(self._piece)
 
 
 def in_shared_memory(transport: Transport, tensor: Tensor) -> None:
@@ -52,7 +80,7 @@ class Group(Transport):
     """Some of a transport's ranks, numbered from 0."""
 
     def __init__(self, transport: Transport, ranks: Sequence[int]):
-        self._transport, self._ranks = transport, list(ranks)
+        self._transport, self._ranks, self.eager = transport, list(ranks), transport.eager
         self.rank, self.size = self._ranks.index(transport.rank), len(self._ranks)
 
     def isend(self, tensor: Tensor, to: int, tag: int = 0) -> Work:

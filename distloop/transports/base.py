@@ -40,6 +40,8 @@ class Rows:
 class Shared(Protocol):
     """Memory that ranks of one host share: what is allocated in it is summed where it lies."""
 
+    meanwhile: Callable[[], object] | None  # called now and then while waiting for a rank of this host
+
     @property
     def ranks(self) -> Sequence[int]:
         """The ranks of this host, in order."""
@@ -51,7 +53,10 @@ class Shared(Protocol):
         """Replace ``tensor``, which is contiguous, on the ranks of this host by their sum, added in rank order."""
 
     def pieces(self, tensor: Tensor) -> Sequence[Tensor]:
-        """Return the parts in which the next two take ``tensor``: itself, if it was allocated here."""
+        """Return the parts in which the next two take ``tensor``, a flat one."""
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Return whether ``tensor`` was allocated here; then any part of it may be taken, several at a time."""
 
     def reduce_scatter(self, tensor: Tensor) -> Tensor:
         """Sum this rank's slice of ``tensor`` over the ranks of this host; return the slice, a view."""

@@ -40,7 +40,7 @@ class Buffer:
     """A stretch of memory per rank of this host, each mapped by all of them."""
 
     def __init__(self, addresses: Sequence[int], size: int, keep: object):
-        self.addresses, self._size, self._keep = list(addresses), size, keep
+        self.addresses, self.size, self._keep = list(addresses), size, keep
         self.pointers = pointers(self.addresses)
 
     @classmethod
@@ -50,7 +50,7 @@ class Buffer:
 
     def tensor(self, rank: int, dtype: torch.dtype, numel: int) -> Tensor:
         """Return the beginning of a rank's stretch as a tensor, which lasts as long as the buffer."""
-        return as_tensor(self.addresses[rank], self._size, dtype, numel)
+        return as_tensor(self.addresses[rank], self.size, dtype, numel)
 
     def part(self, offset: int, size: int) -> Buffer:
         return Buffer([address + offset for address in self.addresses], size, self._keep)

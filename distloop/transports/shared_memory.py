@@ -27,6 +27,7 @@ SLOT = 256 * 1024  # bytes up to which a buffer is summed through a slot, with o
 SCRATCH = 4 * 2**20  # bytes of a larger buffer that does not live in shared memory which are summed at a time
 LINE = 64  # bytes of a bell in the C helper
 LOOK = 50_000_000  # nanoseconds of waiting after which a rank looks whether its peers are alive
+MEANWHILE = 1_000_000  # and after which it does something else, where there is something else to be done
 _SUFFIX = {torch.float32: "float", torch.float64: "double"}
 
 
@@ -79,6 +80,7 @@ class SharedMemory:
         # Where ranks share cores, spinning keeps the others from theirs.
         self.spins = 100 if cores >= self._size else 0
         self.timeout = timeout
+        self.meanwhile: Callable[[], object] | None = None
         self._round, self._small = 0, 0
         self._buffers: dict[int, Buffer] = {}
         bells = LINE * self._size
@@ -107,7 +109,7 @@ class SharedMemory:
         if tensor.nbytes <= SLOT and tensor.dtype in _SUFFIX:
             self._through_slots(flat)
             return
-        shared = self._buffers.get(tensor.data_ptr())
+        shared = self._where(tensor)
         if shared is not None:
             self._in_place(shared, tensor.numel(), tensor.dtype)
             return
@@ -118,12 +120,15 @@ class SharedMemory:
             piece.copy_(staged)
 
     def pieces(self, tensor: Tensor) -> Sequence[Tensor]:
-        if tensor.data_ptr() in self._buffers:
+        if self.holds(tensor):
             return [tensor]
         return list(tensor.view(-1).split(SCRATCH // tensor.element_size()))
 
+    def holds(self, tensor: Tensor) -> bool:
+        return self._where(tensor) is not None
+
     def reduce_scatter(self, tensor: Tensor) -> Tensor:
-        buffer = self._buffers.get(tensor.data_ptr())
+        buffer = self._where(tensor)
         if buffer is None:
             buffer = self._scratch
             buffer.tensor(self._rank, tensor.dtype, tensor.numel()).copy_(tensor)
@@ -133,7 +138,7 @@ class SharedMemory:
         return buffer.tensor(self._rank, tensor.dtype, tensor.numel())[start:stop]
 
     def all_gather(self, tensor: Tensor) -> None:
-        buffer = self._buffers.get(tensor.data_ptr())
+        buffer = self._where(tensor)
         own, staged = buffer is not None, buffer or self._scratch
         self.barrier()
         for rank in range(self._size):
@@ -151,7 +156,7 @@ class SharedMemory:
         self._round += 1
         self._patiently(
             lambda entered: self._native.dl_barrier(
-                self._bells, self._rank, self._size, self._round & 0xFFFFFFFF, entered, self.spins, LOOK
+                self._bells, self._rank, self._size, self._round & 0xFFFFFFFF, entered, self.spins, self._patience()
             )
         )
 
@@ -178,7 +183,7 @@ class SharedMemory:
                 self._round & 0xFFFFFFFF,
                 entered,
                 self.spins,
-                LOOK,
+                self._patience(),
             )
         )
 
@@ -188,6 +193,8 @@ class SharedMemory:
             return
         deadline = time.monotonic() + self.timeout
         while attempt(1):
+            if self.meanwhile is not None:
+                self.meanwhile()
             late = self._late()
             self.peers.check()
             if late and time.monotonic() > deadline:
@@ -196,12 +203,25 @@ class SharedMemory:
                     f"rank{'s' if len(late) > 1 else ''} {', '.join(map(str, late))}"
                 )
 
+    def _patience(self) -> int:
+        return LOOK if self.meanwhile is None else MEANWHILE
+
     def _late(self) -> list[int]:
         """Return the ranks that have not come to the present barrier."""
         behind = [
             ((self._native.dl_arrived(self._bells, i) - self._round) & 0xFFFFFFFF) >= 1 << 31 for i in range(self._size)
         ]
         return [rank for i, rank in enumerate(self.ranks) if i != self._rank and behind[i]]
+
+    def _where(self, tensor: Tensor) -> Buffer | None:
+        """Return where a tensor that was allocated here, or a part of one, lies on all ranks; None if it was not."""
+        address = tensor.data_ptr()
+        if (whole := self._buffers.get(address)) is not None:
+            return whole
+        for start, buffer in self._buffers.items():
+            if start < address and address + tensor.nbytes <= start + buffer.size:
+                return buffer.part(address - start, tensor.nbytes)
+        return None
 
     def _in_place(self, buffer: Buffer, numel: int, dtype: torch.dtype) -> None:
         self.barrier()

@@ -76,6 +76,8 @@ class SocketTransport(StreamTransport):
 
     def __init__(self, below: Transport, timeout: float):
         self.shared = below.shared
+        if self.shared is not None:
+            self.shared.meanwhile = self.pump
         self._connections = {peer: SocketStream(c, peer) for peer, c in connect_all(below, timeout).items()}
         super().__init__(below, self._connections, timeout)
         self._poll = select.poll()

@@ -127,14 +127,7 @@ class StreamTransport(Transport):
         """Move bytes of all messages until ``message`` is complete."""
         last = time.monotonic()
         while not message.done:
-            moved = False
-            for other, queue in self._out.items():
-                if queue:
-                    moved |= self._write(other)
-            for other, queue in self._in.items():
-                if queue:
-                    moved |= self._read(other)
-            if moved:
+            if self.pump():
                 last = 0.0
             elif not message.done:
                 now = time.monotonic()
@@ -142,6 +135,17 @@ class StreamTransport(Transport):
                 if now - last > self._timeout:
                     raise RankHungError(self._silence(peer, verb))
                 self.idle(min(self._timeout, 0.1))
+
+    def pump(self) -> bool:
+        """Move what can be moved now; return whether there was anything."""
+        moved = False
+        for other, queue in self._out.items():
+            if queue:
+                moved |= self._write(other)
+        for other, queue in self._in.items():
+            if queue:
+                moved |= self._read(other)
+        return moved
 
     def waits_to(self) -> tuple[list[int], list[int]]:
         """Return the peers that something is to be written to, and those that something is to be read from."""
