@@ -62,7 +62,7 @@ def test_the_applied_gradient_is_that_of_the_global_batch(case: Case, size: int)
             assert seen == Counter(range(case.samples))
 
 
-COUNTS = {1: (11,), 2: (0, 9), 3: (1, 7, 3), 4: (0, 1, 7, 3), 8: (0, 1, 7, 3, 5, 0, 2, 1)}
+COUNTS = {1: (11,), 2: (0, 9), 3: (1, 7, 3), 4: (0, 1, 7, 3), 5: (0, 1, 7, 3, 5), 8: (0, 1, 7, 3, 5, 0, 2, 1)}
 
 
 def grid(strategy: str, size: int) -> list[Case]:
@@ -105,8 +105,13 @@ def assert_parity(size: int, grids: list[Case], outcomes: list[list]) -> None:  
             assert error <= tolerance(case), f"rank {rank} of {size} is off by {error:.1e}: {case}"
 
 
+def thinned(cases: list[Case], strategy: str) -> list[Case]:
+    """Leave out every other case; what one strategy does without another has."""
+    return cases[len(strategy) % 2 :: 2]
+
+
 # What is left out here is in the table that docs/parity.py makes, of every strategy on every transport.
-IN_THREADS = [("naive", n) for n in (1, 2, 3, 4, 8)] + [("ring", 4), ("direct", 3), ("auto", 8)]
+IN_THREADS = [("naive", n) for n in (1, 2, 3, 4, 8)] + [("ring", 4), ("direct", 3), ("auto", 5)]
 IN_PROCESSES = [
     *[("ddp", "torch", n) for n in (2, 3, 4)],
     *[("naive", "torch", 3), ("ring", "torch", 4), ("direct", "torch", 2), ("auto", "torch", 2)],
@@ -118,14 +123,14 @@ OVERLAPPING = ["ddp", "naive", "ring", "direct", "auto"]
 
 @pytest.mark.parametrize(("strategy", "size"), IN_THREADS)
 def test_parity_in_threads(strategy: str, size: int) -> None:
-    cases = grid(strategy, size)
+    cases = thinned(grid(strategy, size), strategy)
     cases += in_single_precision(cases[::3])
     assert_parity(size, cases, in_threads(size, run_cases, cases))
 
 
 @pytest.mark.parametrize(("strategy", "over", "size"), IN_PROCESSES)
 def test_parity_in_processes(strategy: str, over: str, size: int) -> None:
-    cases = grid(strategy, size)
+    cases = thinned(grid(strategy, size), strategy)
     cases += in_single_precision(cases[::4])
     assert_parity(size, cases, in_processes(size, run_cases, cases, over=over))
 

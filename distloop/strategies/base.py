@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distloop.errors import ConfigError, MismatchError
+from distloop.messages import digest
 from distloop.transports import Transport
 
 Parameters = Mapping[str, nn.Parameter]
@@ -149,12 +150,14 @@ def agree_on_model(parameters: Mapping[str, Tensor], transport: Transport) -> No
     """
     if transport.size == 1:
         return
-    count = len(parameters)
-    counts = transport.all_gather(torch.tensor([count], dtype=torch.int64)).wait()[:, 0].tolist()
+    own = [f"{name} {tuple(p.shape)} {p.stride()} {p.dtype}" for name, p in parameters.items()]
+    every = transport.all_gather(torch.tensor([len(own), digest("\n".join(own))], dtype=torch.int64)).wait()
+    if (every == every[0]).all():
+        return
+    counts = every[:, 0].tolist()
     if len(set(counts)) > 1:
         raise MismatchError(f"ranks have different models: the numbers of parameters or buffers by rank are {counts}")
-    own = [f"{name} {tuple(p.shape)} {p.stride()} {p.dtype}" for name, p in parameters.items()]
-    digests = torch.tensor([_digest(text) for text in own], dtype=torch.int64)
+    digests = torch.tensor([digest(text) for text in own], dtype=torch.int64)
     rows = transport.all_gather(digests).wait()
     for rank in range(transport.size):
         differing = (rows[rank] != rows[0]).nonzero()
@@ -163,9 +166,3 @@ def agree_on_model(parameters: Mapping[str, Tensor], transport: Transport) -> No
             raise MismatchError(
                 f"rank {rank}'s model differs from rank 0's at parameter {i}: on rank {transport.rank} it is {own[i]}"
             )
-
-
-def _digest(text: str) -> int:
-    import hashlib
-
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import select
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -19,9 +18,10 @@ import torch
 from torch import Tensor
 
 from distloop import native
-from distloop.errors import RankDiedError, RankHungError
+from distloop.errors import RankHungError
 from distloop.transports.base import Transport
 from distloop.transports.mappings import Buffer, Mapping, as_tensor, pointers
+from distloop.transports.peers import Peers
 
 SLOT = 256 * 1024  # bytes up to which a buffer is summed through a slot, with one barrier in place of two
 SCRATCH = 4 * 2**20  # bytes of a larger buffer that does not live in shared memory which are summed at a time
@@ -29,34 +29,6 @@ LINE = 64  # bytes of a bell in the C helper
 LOOK = 50_000_000  # nanoseconds of waiting after which a rank looks whether its peers are alive
 MEANWHILE = 1_000_000  # and after which it does something else, where there is something else to be done
 _SUFFIX = {torch.float32: "float", torch.float64: "double"}
-
-
-class Peers:
-    """The processes of a host's ranks: are they alive?"""
-
-    def __init__(self, ranks: Sequence[int], pids: Sequence[int]):
-        self._ranks: dict[int, int] = {}
-        self._poll = select.poll()
-        for rank, pid in zip(ranks, pids, strict=True):
-            if pid != os.getpid():
-                try:
-                    handle = os.pidfd_open(pid)
-                except OSError:
-                    self.close()
-                    raise
-                self._ranks[handle] = rank
-                self._poll.register(handle, select.POLLIN)
-
-    def check(self, seconds: float = 0.0) -> None:
-        """Raise RankDiedError if one has ended, or does within ``seconds``."""
-        for handle, _ in self._poll.poll(seconds * 1000):
-            raise RankDiedError(f"rank {self._ranks[handle]} of this host has ended")
-
-    def close(self) -> None:
-        for handle in self._ranks:
-            os.close(handle)
-        self._ranks.clear()
-        self._poll = select.poll()
 
 
 class RefusedError(Exception):

@@ -1,0 +1,91 @@
+"""Bring the tables of docs/collectives.md up to date with what the benchmarks wrote."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import math
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+PAGE = HERE / "collectives.md"
+BENCHMARKS = HERE.parent / "benchmarks"
+RESULTS = BENCHMARKS / "results"
+
+
+def load(name: str) -> Any:
+    """Return a benchmark as a module."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.insert(0, str(BENCHMARKS))  # they import each other
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def all_reduce(section: str) -> str:
+    """Return the table of a section as the benchmark printed it; that of ``auto`` by network."""
+    found = json.loads((RESULTS / "all_reduce.json").read_text())["sections"][section]
+    if found is None:
+        return "Not measured."
+    module = load("all_reduce")
+    if section != "auto":
+        return str(module.table(found["rows"]))
+    cells, total = found["rows"][:-2], found["rows"][-2:]
+    lines = ["| network | ranks | sizes | geometric mean | least (its quartiles) |", "|---|---|---|---|---|"]
+    for (network, ranks), group in itertools.groupby(cells, key=lambda row: network_of(row["what"])):
+        own = list(group)
+        mean = math.exp(sum(math.log(row["figure"]) for row in own) / len(own))
+        least = min(own, key=lambda row: row["figure"])
+        size, name = least["what"].split(", ")[-2:]
+        span = f"{least['figure']:.2f}x at {size} by {name} ({least['low']:.2f}x to {least['high']:.2f}x)"
+        lines.append(f"| {network} | {ranks} | {len(own)} | {mean:.2f}x | {span} |")
+    return "\n".join(lines) + "\n\n" + str(module.table(total))
+
+
+def network_of(what: str) -> tuple[str, str]:
+    """Return network and ranks of a cell: of ``hosts, 5 ms, 4 ranks, 1 KiB, one_shot`` the first and the second."""
+    found = re.match(r"(.*), (\d+) ranks", what)
+    assert found is not None
+    return found[1], found[2]
+
+
+def overlap(_: str = "") -> str:
+    """Return the table of step times."""
+    found = json.loads((RESULTS / "overlap.json").read_text())
+    sent = {name: ", ".join(dict.fromkeys(plan)) for name, plan in found["plans"].items()}
+    module = load("overlap")
+    ideal = f"Ideal step {1e3 * found['ideal']:.0f} ms. `auto` sent {sent['auto']}."
+    return f"{module.table(found['rows'])}\n\n{ideal}"
+
+
+def calibrate(_: str = "") -> str:
+    """Return what ``distloop calibrate`` printed."""
+    return "```\n" + (RESULTS / "calibrate.txt").read_text().rstrip() + "\n```"
+
+
+MAKE: dict[str, Callable[[str], str]] = {"all_reduce": all_reduce, "overlap": overlap, "calibrate": calibrate}
+
+
+def document(page: str) -> str:
+    """Return ``page`` with what stands behind its markers made anew."""
+
+    def renewed(found: re.Match[str]) -> str:
+        kind, argument = found[1], found[2].strip()
+        mark = f"{kind} {argument}".strip()
+        return f"<!-- {mark} -->\n{MAKE[kind](argument)}\n<!-- /{mark} -->"
+
+    marks = r"<!-- ((?:all_reduce|overlap|calibrate)[^>]*?) -->\n.*?<!-- /\1 -->"
+    bare = re.sub(marks, r"<!-- \1 -->", page, flags=re.DOTALL)
+    return re.sub(r"<!-- (all_reduce|overlap|calibrate)\b(.*?)-->", renewed, bare)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(document(PAGE.read_text()))
