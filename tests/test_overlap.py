@@ -39,6 +39,7 @@ def test_buckets_are_sent_in_order_and_beside_the_caller() -> None:
         lane.start()
         for count in (1, 3, 4):
             lane.ready(count)
+        time.sleep(1e-3)  # as if backward went on
         lane.ready(5, soon_awaited=True)
         for number in range(5):
             lane.wait(number)
@@ -97,9 +98,10 @@ def dealt(capacity: Capacity, *sizes: int) -> list[list[int]]:
 def test_buckets_hold_what_they_may() -> None:
     assert dealt(Capacity(400), 50, 50, 50, 50) == [[50, 50], [50, 50]]
     assert dealt(Capacity(400), 10, 200, 50, 50) == [[50, 50], [200], [10]], "a larger parameter has one of its own"
-    assert dealt(Capacity(400, first=200, last=200), *[25] * 10) == [[25, 25], [25] * 4, [25, 25], [25, 25]]
-    assert dealt(Capacity(400, first=200, last=200), 10, 10) == [[10, 10]]
-    every = fill(parameters_of(3, 1, 4, 1, 5, 9, 2, 6), Capacity(20, first=8, last=12))
+    tapered = dealt(Capacity(1600, least=400), *[100] * 20)
+    assert [len(bucket) for bucket in tapered] == [1, 4, 3, 3, 2, *[1] * 7], "a quarter of what is left at most"
+    assert dealt(Capacity(400, least=100), 10, 10) == [[10, 10]]
+    every = fill(parameters_of(3, 1, 4, 1, 5, 9, 2, 6), Capacity(20, least=8))
     assert [name for bucket in every for name in bucket] == [f"p{i}" for i in range(7, -1, -1)]
 
 

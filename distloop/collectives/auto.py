@@ -22,7 +22,7 @@ from distloop.messages import gather_json
 from distloop.transports import Transport
 
 SIZES = (1 << 10, 16 << 10, 256 << 10, 2 << 20, 8 << 20)  # bytes
-BUDGET = 2.0  # seconds that measuring may take
+BUDGET = 2.3  # seconds that measuring may take
 SINGLES = 0.6  # part of what is left of them that trying the following size may take
 REPEATS = 9
 HOPELESS = 3.0  # times the best: from MEANINGFUL bytes on, such an algorithm is not looked at again
@@ -61,11 +61,12 @@ class Costs:
         """Return the seconds that the picked algorithm takes for ``size`` bytes."""
         return self.estimate(self.pick(size), size)
 
-    def bucket(self, waste: float) -> int:
-        """Return the smallest size whose seconds per byte are within ``1 + waste`` of the best of all sizes."""
-        sizes = [1 << e for e in range(12, 25)]
-        rate = min(self.best(size) / size for size in sizes)
-        return next(size for size in sizes if self.best(size) / size <= (1 + waste) * rate)
+    def size_for(self, waste: float) -> int:
+        """Return the bytes that take so long that the time of next to none is the part ``waste`` of it.
+
+        Seconds per byte are those of the largest size: what a link bears for a moment is not what it bears for long.
+        """
+        return round(self.best(SIZES[0]) / (waste * self.best(self._largest) / self._largest))
 
     def describe(self) -> str:
         """Return which algorithm does which sizes, in words."""
@@ -196,7 +197,7 @@ def _worth_trying(times: Mapping[str, float], size: int, following: int, seconds
     left = seconds
     chosen: list[str] = []
     for name in sorted(times, key=lambda name: times[name]):
-        expected = times[name] * following / size  # at most
+        expected = times[name] * (following / size if size >= MEANINGFUL else 2)  # at most
         if times[name] <= hopeless and (expected <= left or (not chosen and expected <= 2 * left)):
             left -= expected
             chosen.append(name)

@@ -13,13 +13,18 @@ from distloop.strategies.base import Parameters
 class Capacity:
     """The largest size of a bucket in bytes.
 
-    The first may be smaller, so that sending begins early in backward; the last too, since nothing is left to compute
-    while it is on the wire.
+    With ``least`` the first is as small as that, so that sending begins early in backward; and none holds more than a
+    quarter of what is still to come, down to ``least``, since what is on the wire when backward ends is waited for.
     """
 
     most: int
-    first: int | None = None
-    last: int | None = None
+    least: int | None = None
+
+    def of_next(self, left: int, *, first: bool) -> int:
+        """Return the capacity of a bucket when there are ``left`` bytes of gradients to deal."""
+        if self.least is None:
+            return self.most
+        return self.least if first else max(self.least, min(self.most, left // 4))
 
 
 def fill(parameters: Parameters, capacity: Capacity) -> list[Parameters]:
@@ -30,13 +35,10 @@ def fill(parameters: Parameters, capacity: Capacity) -> list[Parameters]:
     buckets: list[dict[str, torch.nn.Parameter]] = []
     kind, room = None, 0
     left = sum(map(_bytes, parameters.values()))
-    closing = False  # whether what is left goes into the last bucket
     for name, p in reversed(list(parameters.items())):
         size = _bytes(p)
-        ends = capacity.last is not None and left <= capacity.last and not closing
-        if (p.dtype, p.device) != kind or size > room or ends:
-            kind, room = (p.dtype, p.device), capacity.first if not buckets and capacity.first else capacity.most
-            closing = closing or ends
+        if (p.dtype, p.device) != kind or size > room:
+            kind, room = (p.dtype, p.device), capacity.of_next(left, first=not buckets)
             buckets.append({})
         buckets[-1][name] = p
         room -= size

@@ -39,9 +39,9 @@ def fastest(parameters: Parameters, transport: Transport, options: Options) -> B
 def sizes(auto: Auto, total: int) -> Capacity:
     """Return how large buckets should be for gradients of ``total`` bytes.
 
-    As small as can be while hardly a byte costs more than in the largest: then more of them travel while backward still
-    runs. The first and the last, which make others wait, may cost more per byte.
+    As small as can be while the latency of each is a twentieth of its time: then more of them travel while backward
+    still runs. The first and the last, for which others wait, may lose half of theirs to it.
     """
-    most = min(max(auto.costs.bucket(waste=0.25), SMALLEST), LARGEST)
-    ends = max(min(auto.costs.bucket(waste=1.0), most // 2), SMALLEST // 4)
-    return Capacity(most, first=ends, last=ends) if total > 2 * most else Capacity(most)
+    most = min(max(auto.costs.size_for(waste=0.05), SMALLEST), LARGEST)
+    least = max(min(auto.costs.size_for(waste=0.5), most // 2), SMALLEST // 4)
+    return Capacity(most, least) if total > most else Capacity(most)
