@@ -27,7 +27,8 @@ SINGLES = 0.6  # part of what is left of them that trying the following size may
 REPEATS = 9
 HOPELESS = 3.0  # times the best: from MEANINGFUL bytes on, such an algorithm is not looked at again
 MEANINGFUL = 256 << 10
-CLEARLY = 0.95  # of the library's time: above it the library does it
+CLEARLY = 0.9  # of the library's time: above it the library does it
+Times = Mapping[str, Mapping[int, Sequence[float]]]  # seconds, by algorithm and size
 KEPT = 24 * 3600  # seconds for which a calibration of the same ranks on the same hosts is used again
 
 
@@ -177,7 +178,7 @@ def _measure(transport: Transport, algorithms: Mapping[str, AllReduce], device: 
         for name, t in zip(active, once, strict=True):
             times[name][size] = [t]
         if following is not None:
-            active = _worth_trying(dict(zip(active, once, strict=True)), size, following, (budget - spent) * SINGLES)
+            active = _worth_trying(times, active, size, following, (budget - spent) * SINGLES)
         if not active:
             break
     for _ in range(REPEATS):
@@ -191,20 +192,33 @@ def _measure(transport: Transport, algorithms: Mapping[str, AllReduce], device: 
     return Costs(found, time.monotonic() - begun)
 
 
-def _worth_trying(times: Mapping[str, float], size: int, following: int, seconds: float) -> list[str]:
-    """Return the algorithms to try at the following size: not the hopeless ones, and as many as there is time for."""
-    hopeless = math.inf if size < MEANINGFUL else HOPELESS * min(times.values())
+def _worth_trying(times: Times, active: Sequence[str], size: int, following: int, seconds: float) -> list[str]:
+    """Return the algorithms to try at the following size: not the hopeless ones, and as many as there is time for.
+
+    The library's comes first: without it nobody could say whether another is faster.
+    """
+    now = {name: times[name][size][0] for name in active}
+    hopeless = math.inf if size < MEANINGFUL else HOPELESS * min(now.values())
     left = seconds
     chosen: list[str] = []
-    for name in sorted(times, key=lambda name: times[name]):
-        expected = times[name] * (following / size if size >= MEANINGFUL else 2)  # at most
-        if times[name] <= hopeless and (expected <= left or (not chosen and expected <= 2 * left)):
+    for name in sorted(now, key=lambda name: (name != "library", now[name])):
+        expected = _expected(times[name], size, following)
+        if now[name] <= hopeless and (expected <= left or (not chosen and expected <= 2 * left)):
             left -= expected
             chosen.append(name)
-    return [name for name in times if name in chosen]
+    return [name for name in active if name in chosen]
 
 
-def _worth_repeating(times: Mapping[str, Mapping[int, Sequence[float]]], seconds: float) -> list[tuple[str, int]]:
+def _expected(points: Mapping[int, Sequence[float]], size: int, following: int) -> float:
+    """Return the seconds that an algorithm may take at the following size, going on as from the size before."""
+    before = max((s for s in points if s < size), default=None)
+    if before is None:
+        return 2 * points[size][0]
+    slope = (points[size][0] - points[before][0]) / (size - before)
+    return 1.5 * points[size][0] + max(slope, 0.0) * (following - size)
+
+
+def _worth_repeating(times: Times, seconds: float) -> list[tuple[str, int]]:
     """Return algorithms and sizes that are near the best, the quickest first, as many as there is time for."""
     cells = [(n, size) for n, points in times.items() for size in points]
     best = {size: min(min(p[size]) for p in times.values() if size in p) for _, size in cells}

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from distloop.transports import Transport, Work
 
-CHUNK = 256 * 1024  # bytes
+CHUNK = 64 * 1024  # bytes
+AHEAD = 16  # chunks that rank 0 expects from each
 
 
 def all_reduce(transport: Transport, tensor: Tensor) -> None:
@@ -42,16 +43,16 @@ def pipelined(transport: Transport, tensor: Tensor) -> None:
             transport.recv(chunk, 0)
         return
     others = range(1, transport.size)
-    incoming = [[torch.empty_like(chunk) for _ in others] for chunk in chunks[:2]]
+    incoming = [[torch.empty_like(chunk) for _ in others] for chunk in chunks[:AHEAD]]
     expected = [_expect(transport, rows) for rows in incoming]
     returned = []
     for i, chunk in enumerate(chunks):
-        rows = [row[: len(chunk)] for row in incoming[i % 2]]
-        for work, row in zip(expected[i % 2], rows, strict=True):
+        rows = [row[: len(chunk)] for row in incoming[i % AHEAD]]
+        for work, row in zip(expected[i % AHEAD], rows, strict=True):
             work.wait()
             chunk.add_(row)
-        if i + 2 < len(chunks):
-            expected[i % 2] = _expect(transport, [row[: len(chunks[i + 2])] for row in incoming[i % 2]])
+        if i + AHEAD < len(chunks):
+            expected[i % AHEAD] = _expect(transport, [row[: len(chunks[i + AHEAD])] for row in incoming[i % AHEAD]])
         returned += [transport.isend(chunk, to) for to in others]
     for work in returned:
         work.wait()
