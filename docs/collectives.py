@@ -38,7 +38,7 @@ def all_reduce(section: str) -> str:
     module = load("all_reduce")
     if section != "auto":
         return str(module.table(found["rows"]))
-    cells, total = found["rows"][:-2], found["rows"][-2:]
+    cells, total = found["rows"][:-3], found["rows"][-3:]
     lines = ["| network | ranks | sizes | geometric mean | least (its quartiles) |", "|---|---|---|---|---|"]
     for (network, ranks), group in itertools.groupby(cells, key=lambda row: network_of(row["what"])):
         own = list(group)

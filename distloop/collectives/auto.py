@@ -27,7 +27,9 @@ SINGLES = 0.6  # part of what is left of them that trying the following size may
 REPEATS = 9
 HOPELESS = 3.0  # times the best: from MEANINGFUL bytes on, such an algorithm is not looked at again
 MEANINGFUL = 256 << 10
-CLEARLY = 0.9  # of the library's time: above it the library does it
+# Parts of the library's time above which it does it: where latency is what costs, and where bandwidth is, of which there
+# is less to be gained, and which is measured less often.
+CLEARLY, CLEARLY_LARGE = 0.9, 0.75
 Times = Mapping[str, Mapping[int, Sequence[float]]]  # seconds, by algorithm and size
 KEPT = 24 * 3600  # seconds for which a calibration of the same ranks on the same hosts is used again
 
@@ -54,7 +56,8 @@ class Costs:
         # One that was given up on is not judged beyond what is known of it.
         known = [name for name, points in self.seconds.items() if size <= max(points) or max(points) == self._largest]
         best = min(known, key=lambda name: self.estimate(name, size))
-        if "library" in known and self.estimate(best, size) > CLEARLY * self.estimate("library", size):
+        margin = CLEARLY if size <= MEANINGFUL else CLEARLY_LARGE
+        if "library" in known and self.estimate(best, size) > margin * self.estimate("library", size):
             return "library"
         return best
 
