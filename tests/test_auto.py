@@ -29,7 +29,7 @@ def lines(**costs: tuple[float, float]) -> Costs:
 
 
 def test_the_fastest_is_picked_for_each_size() -> None:
-    costs = lines(library=(60, 8), one_shot=(5, 24), direct=(10, 8), ring=(30, 7))
+    costs = lines(library=(60, 8), one_shot=(5, 24), direct=(10, 8), ring=(30, 5))
     assert [costs.pick(size) for size in (KIB, 64 * KIB, MIB, 4 * MIB, 64 * MIB)] == [
         "one_shot",
         "one_shot",
@@ -37,7 +37,7 @@ def test_the_fastest_is_picked_for_each_size() -> None:
         "direct",
         "ring",
     ]
-    assert costs.describe() == "one_shot to 256 KiB, direct to 16 MiB, ring beyond"
+    assert costs.describe() == "one_shot to 256 KiB, direct to 4 MiB, ring beyond"
     assert costs.estimate("direct", 3 * MIB) == pytest.approx(0.034), "straight lines between what was measured"
     assert costs.estimate("direct", 100 * MIB) == pytest.approx(0.81), "and beyond"
 
@@ -46,6 +46,15 @@ def test_the_library_does_what_is_not_clearly_faster_otherwise() -> None:
     assert lines(library=(1, 1), ring=(0.8, 0.8)).pick(MIB) == "library"
     assert lines(library=(1, 1), ring=(0.7, 0.7)).pick(MIB) == "ring"
     assert lines(library=(1, 1), ring=(0.8, 0.8)).pick(KIB) == "ring", "there is more to be gained"
+
+
+def test_buckets_in_a_row_go_to_the_library_only_if_it_is_clearly_faster() -> None:
+    assert lines(library=(1, 1), ring=(1.05, 1.05)).pick(MIB, in_a_row=True) == "ring"
+    assert lines(library=(1, 1), ring=(1.2, 1.2)).pick(MIB, in_a_row=True) == "library"
+    assert lines(library=(1, 1)).pick(MIB, in_a_row=True) == "library"
+    own = torch.zeros(1 << 18)
+    costs = lines(library=(1, 1), ring=(1.05, 1.05))
+    assert Auto(costs, dict(ALL_REDUCE)).choose(own) == ("ring", ALL_REDUCE["ring"])
 
 
 def test_one_that_was_given_up_is_not_picked_beyond_what_is_known_of_it() -> None:

@@ -27,8 +27,8 @@ SINGLES = 0.6  # part of what is left of them that trying the following size may
 REPEATS = 9
 HOPELESS = 3.0  # times the best: from MEANINGFUL bytes on, such an algorithm is not looked at again
 MEANINGFUL = 256 << 10
-# Parts of the library's time above which it does it: where latency is what costs, and where bandwidth is, of which there
-# is less to be gained, and which is measured less often.
+# Parts of the library's time above which it does it: where latency is what costs; and where bandwidth is, of which less
+# can be gained, and which is measured less often.
 CLEARLY, CLEARLY_LARGE = 0.9, 0.75
 Times = Mapping[str, Mapping[int, Sequence[float]]]  # seconds, by algorithm and size
 KEPT = 24 * 3600  # seconds for which a calibration of the same ranks on the same hosts is used again
@@ -51,15 +51,21 @@ class Costs:
         )
         return max(t0 + (t1 - t0) * (size - s0) / (s1 - s0), min(t0, t1))
 
-    def pick(self, size: int) -> str:
-        """Return the name of the fastest algorithm for ``size`` bytes; the library's if none is clearly faster."""
+    def pick(self, size: int, *, in_a_row: bool = False) -> str:
+        """Return the name of the fastest algorithm for ``size`` bytes.
+
+        That is the library's if none is clearly faster. Not so ``in_a_row``, one buffer after the other while ranks
+        compute: the library waits for its peers again and again in each, and took twice the time there that it takes
+        alone, where what is sent without asking did not; then it must be clearly faster itself.
+        """
         # One that was given up on is not judged beyond what is known of it.
         known = [name for name, points in self.seconds.items() if size <= max(points) or max(points) == self._largest]
         best = min(known, key=lambda name: self.estimate(name, size))
-        margin = CLEARLY if size <= MEANINGFUL else CLEARLY_LARGE
-        if "library" in known and self.estimate(best, size) > margin * self.estimate("library", size):
-            return "library"
-        return best
+        if "library" not in known or len(known) == 1:
+            return best
+        margin = 1 / CLEARLY if in_a_row else CLEARLY if size <= MEANINGFUL else CLEARLY_LARGE
+        own = min((name for name in known if name != "library"), key=lambda name: self.estimate(name, size))
+        return own if self.estimate(own, size) <= margin * self.estimate("library", size) else "library"
 
     def best(self, size: int) -> float:
         """Return the seconds that the picked algorithm takes for ``size`` bytes."""
@@ -110,11 +116,11 @@ class Auto:
         self.costs, self._algorithms = costs, algorithms
 
     def __call__(self, transport: Transport, tensor: Tensor) -> None:
-        self.choose(tensor)[1](transport, tensor)
+        self._algorithms[self.costs.pick(tensor.nbytes)](transport, tensor)
 
     def choose(self, tensor: Tensor) -> tuple[str, AllReduce]:
-        """Return the name of the fastest algorithm for a tensor, and the algorithm."""
-        name = self.costs.pick(tensor.nbytes)
+        """Return the name of the fastest algorithm for a bucket among others, and the algorithm."""
+        name = self.costs.pick(tensor.nbytes, in_a_row=True)
         return name, self._algorithms[name]
 
     def pick(self, size: int) -> str:
