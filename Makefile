@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help train test test-fast test-mpich lint format docs bench bench-all-reduce bench-overlap collectives kinds gallery clean
+.PHONY: help train test test-fast test-mpich lint format docs bench bench-all-reduce bench-overlap collectives parity kinds gallery clean
 
 help:
 	@echo "make train      train $(CONFIG) on $(RANKS) ranks (CONFIG=..., RANKS=... to change)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-mpich the tests over MPI with MPICH too (Open MPI is there)"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       docs/configuration.md and docs/kinds.md, again from schema, code and figures"
+	@echo "make parity     docs/parity.md: every strategy on every transport against plain PyTorch"
 	@echo "make bench      benchmarks/loop_overhead.py"
 	@echo "make bench-all-reduce  benchmarks/all_reduce.py: every all-reduce against gloo's and MPI's; as root for all of it"
 	@echo "make bench-overlap     benchmarks/overlap.py: how much of communication hides behind backward; as root"
@@ -47,6 +48,10 @@ format: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python docs/configuration.py
 	$(BIN)/python docs/kinds.py
+	$(BIN)/python docs/collectives.py
+
+parity: $(VENV)/.dev
+	$(BIN)/python docs/parity.py
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/loop_overhead.py

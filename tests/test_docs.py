@@ -63,6 +63,13 @@ def test_the_examples_on_tasks_run(
     assert len(capsys.readouterr().out.splitlines()) == 5
 
 
+def test_the_page_on_collectives_is_current() -> None:
+    script = load(ROOT / "docs" / "collectives.py")
+    page = (ROOT / "docs" / "collectives.md").read_text()
+    assert script.document(page) == page, "run make docs"
+    assert page.count("moonshot |") > 20, "the tables are there"
+
+
 def test_the_page_on_kinds_is_current() -> None:
     script = load(ROOT / "docs" / "kinds.py")
     page = (ROOT / "docs" / "kinds.md").read_text()
