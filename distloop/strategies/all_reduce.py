@@ -98,13 +98,13 @@ class BucketedAllReduce(Strategy):
         self._lane.ready(len(self.buckets), soon_awaited=True)
         for i, bucket in enumerate(self.buckets):
             self._lane.wait(i)
-            if bucket.sent is not None:
-                torch.cuda.current_stream().wait_event(bucket.sent)
+            self._arrive(bucket)
             yield i, bucket.gradients
 
     def settle(self) -> None:
         self._lane.wait(len(self.buckets) - 1)  # an overflow may have ended the stream; the ranks still do the same
         for bucket in self.buckets:
+            self._arrive(bucket)
             bucket.flat.zero_()
 
     def close(self) -> None:
@@ -128,6 +128,11 @@ class BucketedAllReduce(Strategy):
         if self._complete > first:
             self._mark(first, self._complete)
             self._lane.ready(self._complete, soon_awaited=self._complete == last)
+
+    def _arrive(self, bucket: Bucket) -> None:
+        """Let what the caller does next on the GPU wait for the bucket's sum."""
+        if bucket.sent is not None:
+            torch.cuda.current_stream().wait_event(bucket.sent)
 
     def _mark(self, first: int, last: int) -> None:
         """Note where backward's stream is, for the thread that sends to wait for."""
