@@ -6,12 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help train test test-fast test-mpich lint format docs bench bench-all-reduce bench-overlap collectives parity kinds gallery clean
+.PHONY: help train test test-fast test-chaos test-mpich lint format docs bench bench-all-reduce bench-overlap collectives parity kinds gallery clean
 
 help:
 	@echo "make train      train $(CONFIG) on $(RANKS) ranks (CONFIG=..., RANKS=... to change)"
-	@echo "make test       all tests"
+	@echo "make test       the tests"
 	@echo "make test-fast  the tests that take seconds"
+	@echo "make test-chaos more ways of killing ranks"
 	@echo "make test-mpich the tests over MPI with MPICH too (Open MPI is there)"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       docs/configuration.md and docs/kinds.md, again from schema, code and figures"
@@ -28,10 +29,13 @@ train: $(VENV)/.train
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(RANKS) -m distloop train $(CONFIG) --world.device cpu
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not chaos"
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not chaos"
+
+test-chaos: $(VENV)/.dev
+	$(BIN)/python -m pytest -m chaos
 
 test-mpich: $(VENV)/.dev .mpich/bin/mpiexec
 	$(BIN)/python -m pytest tests/test_mpi.py

@@ -67,7 +67,7 @@ KILLED_TOO += [("direct", "torch"), ("ring", "torch"), ("auto", "torch")]
 
 
 @pytest.mark.parametrize(
-    "cases", [[*KILLED, ("naive", "torch"), ("ddp", "torch")], pytest.param(KILLED_TOO, marks=pytest.mark.slow)]
+    "cases", [[*KILLED, ("naive", "torch"), ("ddp", "torch")], pytest.param(KILLED_TOO, marks=pytest.mark.chaos)]
 )
 def test_a_killed_rank_ends_the_others_at_once(tmp_path: Path, cases: list[tuple[str, str]]) -> None:
     for case, (late, codes, said) in all_of(tmp_path, cases, "kill", 1).items():
