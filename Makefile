@@ -15,7 +15,7 @@ help:
 	@echo "make test-chaos more ways of killing ranks"
 	@echo "make test-mpich the tests over MPI with MPICH too (Open MPI is there)"
 	@echo "make lint       ruff and mypy"
-	@echo "make docs       docs/configuration.md and docs/kinds.md, again from schema, code and figures"
+	@echo "make docs       configuration.md, kinds.md, collectives.md in docs/, again from schema, code and figures"
 	@echo "make parity     docs/parity.md: every strategy on every transport against plain PyTorch"
 	@echo "make bench      benchmarks/loop_overhead.py"
 	@echo "make bench-all-reduce  benchmarks/all_reduce.py: every all-reduce against gloo's and MPI's; as root for all of it"
