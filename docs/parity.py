@@ -1,22 +1,26 @@
 """Hold every strategy on every transport to plain PyTorch, print how far it is off, and write docs/parity.md.
 
-    python docs/parity.py            # 10 minutes on 2 cores
-    python docs/parity.py --quick    # 1 in 6 of the cases, nothing written
+    python docs/parity.py               # 10 minutes on 2 cores
+    python docs/parity.py --only mpi    # one transport; what others came to before stays
+    python docs/parity.py --quick       # 1 in 6 of the cases, nothing written
 
-Ends with 1 if a difference is above 1e-12 in double or 1e-6 in single precision.
+What it finds is kept in benchmarks/results/parity.json, row by row, so that a run that is cut off loses nothing. Ends
+with 1 if a difference is above 1e-12 in double or 1e-6 in single precision.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+RESULTS = HERE.parent / "benchmarks" / "results" / "parity.json"
 sys.path.insert(0, str(HERE.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -95,10 +99,10 @@ def measure(transport: str, strategy: str, ranks: int, *, quick: bool) -> Row:
     return Row(transport, strategy, ranks, worst[torch.float64], worst[torch.float32], time.monotonic() - begun)
 
 
-def rows(*, quick: bool) -> Iterator[Row]:
+def rows(only: str | None, *, quick: bool) -> Iterator[Row]:
     missing = OPEN_MPI.missing()
     for transport, strategy, ranks in PLACES:
-        if transport == "mpi" and missing is not None:
+        if (transport == "mpi" and missing is not None) or only not in (None, transport):
             continue
         row = measure(transport, strategy, ranks, quick=quick)
         print(
@@ -109,6 +113,22 @@ def rows(*, quick: bool) -> Iterator[Row]:
         yield row
     if missing is not None:
         print(f"mpi: not run, {missing}")
+
+
+def keep(row: Row) -> None:
+    """Put a row into the file of results, in place of the one that was there."""
+    rest = [
+        one
+        for one in kept_rows()
+        if (one.transport, one.strategy, one.ranks) != (row.transport, row.strategy, row.ranks)
+    ]
+    order = {place: number for number, place in enumerate([("alone", "single", 1), *PLACES])}
+    every = sorted([*rest, row], key=lambda one: order[one.transport, one.strategy, one.ranks])
+    RESULTS.write_text(json.dumps([asdict(one) for one in every], indent=1) + "\n")
+
+
+def kept_rows() -> list[Row]:
+    return [Row(**values) for values in json.loads(RESULTS.read_text())] if RESULTS.exists() else []
 
 
 def table(found: list[Row]) -> str:
@@ -123,11 +143,20 @@ def table(found: list[Row]) -> str:
 
 @click.command()
 @click.option("--quick", is_flag=True, help="1 in 6 of the cases, and nothing is written.")
-def main(quick: bool) -> None:
+@click.option("--only", type=click.Choice(sorted({place[0] for place in PLACES})), help="One transport.")
+def main(quick: bool, only: str | None) -> None:
     """Print and write the parity table."""
     torch.set_num_threads(1)
-    alone = measure("threads", "naive", 1, quick=quick)
-    found = list(rows(quick=quick))
+    alone = replace(measure("threads", "naive", 1, quick=quick), transport="alone", strategy="single")
+    found = []
+    for row in itertools.chain([alone], rows(only, quick=quick)):
+        found.append(row)
+        if not quick:
+            keep(row)
+    if not quick:
+        alone, *found = kept_rows()
+    else:
+        found.remove(alone)
     print(f"\n{table(found)}")
     if not quick:
         cases = cases_for("naive", 2, quick=False)
