@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from distloop.collectives import AllReduce
 from distloop.data import Batches, Minibatch
 from distloop.learner import Learner
 from distloop.optimizer import Optimizer, OptimizerShard
 from distloop.strategies import Options, Parameters, Strategy, make
 from distloop.strategies.all_reduce import BucketedAllReduce
+from distloop.strategies.buckets import Capacity
 from distloop.strategies.ddp import DDP
 from distloop.transforms import ClipByNorm, Collected, Stream, Total
 from distloop.transports import Transport
@@ -23,6 +25,12 @@ from distloop.uneven import UnevenBatches
 from distloop.world import World
 from tests.parity import Case, Outcome, difference, tolerance, trained_by_distloop, trained_plainly
 from tests.ranks import in_processes, in_threads
+
+
+def by(all_reduce: AllReduce, parameters: Parameters, transport: Transport, options: Options) -> Strategy:
+    """Return the bucketed strategy with an all-reduce of one's own."""
+    capacity = Capacity(options.bucket_bytes(parameters))
+    return BucketedAllReduce(parameters, transport, options, lambda _: ("planted", all_reduce), capacity)
 
 
 def off(case: Case, outcomes: list[Outcome]) -> float:
@@ -36,7 +44,7 @@ def mean_for_sum(name: str, parameters: Parameters, transport: Transport, option
         naive.all_reduce(transport, tensor)
         tensor.div_(transport.size)
 
-    return BucketedAllReduce(parameters, transport, options, all_reduce)
+    return by(all_reduce, parameters, transport, options)
 
 
 def last_rank_forgotten(name: str, parameters: Parameters, transport: Transport, options: Options) -> Strategy:
@@ -47,7 +55,7 @@ def last_rank_forgotten(name: str, parameters: Parameters, transport: Transport,
             tensor.zero_()
         naive.all_reduce(transport, tensor)
 
-    return BucketedAllReduce(parameters, transport, options, all_reduce)
+    return by(all_reduce, parameters, transport, options)
 
 
 class LocalNorm(ClipByNorm):
