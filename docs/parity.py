@@ -40,14 +40,14 @@ PLACES = [
 ]
 PAGE = """# Parity
 
-What `python docs/parity.py` (`make parity`) printed: the largest relative difference, over all steps and ranks, of the
-applied gradients and of the final parameters from a few lines of plain PyTorch that see each global batch as a whole
-([tests/parity.py](../tests/parity.py)). Behind each row are {cases} trainings for each number of ranks: a classifier, a mean over tokens, a GAN with
-turns and a moving average, and a policy gradient with as many samples as each rank happened to collect; with and
-without accumulation (micro-batches of 1, 2 and 3), clipping by norm and by value, and a loss scale as for fp16; SGD and
-AdamW; {double} of them in double precision, {single} in single. Buckets hold about a hundred bytes, so that there are
-several even in models this small. One rank has nothing to collect: its {alone_cases} trainings are off by
-{alone_double:.0e} and {alone_single:.0e}.
+What `python docs/parity.py` (`make parity`) printed: the largest relative difference, over all steps and ranks, of
+the applied gradients and of the final parameters from a few lines of plain PyTorch that see each global batch as a
+whole ([tests/parity.py](../tests/parity.py)). Behind each row are {cases} trainings for each number of ranks: a
+classifier, a mean over tokens, a GAN with turns and a moving average, and a policy gradient with as many samples as
+each rank happened to collect; with and without accumulation (micro-batches of 1, 2 and 3), clipping by norm and by
+value, and a loss scale as for fp16; SGD and AdamW; {double} of them in double precision, {single} in single. Buckets
+hold about a hundred bytes, so that there are several even in models this small. One rank has nothing to collect: its
+{alone_cases} trainings are off by {alone_double:.0e} and {alone_single:.0e}.
 
 {table}
 
