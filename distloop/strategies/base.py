@@ -19,13 +19,18 @@ Parameters = Mapping[str, nn.Parameter]
 
 @dataclass(frozen=True)
 class Segment:
-    """Elements ``start`` to ``stop`` of a named parameter, and the tensor in which the optimizer updates them."""
+    """Elements ``start`` to ``stop`` of a named parameter, and the tensor in which the optimizer updates them.
+
+    ``rounded``, where there is one, is another tensor that the optimizer leaves the new values in, in its dtype: that
+    of the model, when ``values`` are a copy in higher precision.
+    """
 
     name: str
     parameter: nn.Parameter
     start: int
     stop: int
     values: Tensor
+    rounded: Tensor | None = None
 
 
 Shard = Sequence[Segment]
@@ -40,6 +45,7 @@ class Options:
     wire_dtype: Literal["fp32", "bf16"] = "fp32"
     deterministic: bool = False
     calibration: Literal["cached", "fresh"] = "cached"
+    weights: torch.dtype | None = None  # of the model while it trains, with copies in fp32 for the optimizer
 
     def bucket_bytes(self, parameters: Parameters) -> int:
         """Return the largest size of a bucket in bytes."""
