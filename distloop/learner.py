@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -41,14 +43,14 @@ class Objective(Protocol):
 
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_FULL_PRECISION = nullcontext()
+_NOTHING_SPECIAL = nullcontext()
 NOTHING = object()  # the guess of a rank that has nothing to learn from
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """Return the context in which forward passes run at ``precision``: fp32, bf16 or fp16."""
     dtype = _AUTOCAST.get(precision)
-    return _FULL_PRECISION if dtype is None else torch.autocast(device.type, dtype)
+    return _NOTHING_SPECIAL if dtype is None else torch.autocast(device.type, dtype)
 
 
 def trained_parameters(name: str, model: nn.Module) -> Parameters:
@@ -106,6 +108,9 @@ class Learner:
         self._precision = precision
         self._check: FirstStepCheck | None = FirstStepCheck(name, strategy, refuse_unused=unused == "refuse")
         self._gradients = Gradients(self.collected)
+        self._ahead = False  # whether the strategy runs this step's update by itself
+        self._decided = threading.Event()  # it has begun to apply, or it has ended
+        strategy.watch(objective.model)
         self._updated: Callable[[], None] | None = getattr(objective, "updated", None)
 
     @property
@@ -121,21 +126,26 @@ class Learner:
     @property
     def gradient_norm(self) -> Tensor | None:
         """The global norm before clipping, of the last step (only if clipping by norm is on)."""
+        if self._ahead:
+            self._decided.wait()
         return self._clip.norm if self._clip else None
 
     def guess(self, micro_batch: MicroBatch) -> Any:
         if self._idle(micro_batch):
             return NOTHING
-        with self._autocast():
+        with self._looking(), self._autocast():
             return self.objective.guess(micro_batch.batch)
 
     def targets(self, micro_batch: MicroBatch) -> Any:
-        return NOTHING if self._idle(micro_batch) else self.objective.targets(micro_batch.batch)
+        if self._idle(micro_batch):
+            return NOTHING
+        with self._looking():
+            return self.objective.targets(micro_batch.batch)
 
     def loss(self, guesses: Any, targets: Any) -> Tensor:
         if guesses is NOTHING:  # the other ranks count on this one's turn all the same
             return self.strategy.null_loss()
-        with self._autocast():
+        with self._looking(), self._autocast():
             loss = self.objective.loss(guesses, targets)
         # The weight enters backward in the loss's own dtype, and half precision would round it.
         return loss.float() if isinstance(loss, Tensor) and loss.dtype.itemsize < 4 else loss
@@ -148,6 +158,9 @@ class Learner:
             if self._check.steps == FirstStepCheck.STEPS:
                 self._check = None
         self.losses.append((share, loss.detach()))
+        if micro_batch.final:
+            self._decided.clear()
+            self._ahead = self.strategy.ahead(partial(self._update, self.lr))
         weight = share if self._loss_scale is None else share * self._loss_scale.scale
         self.strategy.backward(loss, weight, final=micro_batch.final)
         return self._gradients
@@ -156,19 +169,41 @@ class Learner:
         self.strategy.broadcast(i)
 
     def collected(self) -> Iterator[tuple[int, Collected]]:
-        """Yield each shard's gradients, transformed; then settle and count the step."""
-        self.optimizer.lr = self.lr
-        stream: Stream = ((i, Collected(gradients)) for i, gradients in self.strategy.collect())
-        for transform in self.transforms:
-            stream = transform(stream, self.strategy.total)
-        yield from stream
+        """Yield each shard's gradients, transformed, unless the strategy has taken that over; then count the step."""
+        if not self._ahead:
+            self.optimizer.lr = self.lr
+            yield from self._transformed()
         self.strategy.settle()
+        if self._ahead and self._loss_scale is not None:
+            self._decided.wait()
         if self._loss_scale is not None and self._loss_scale.overflowed:
             self.skipped += 1
             return
         self.step += 1
         if self._updated is not None:
+            self.finish()
             self._updated()
+
+    def _transformed(self) -> Stream:
+        stream: Stream = ((i, Collected(gradients)) for i, gradients in self.strategy.collect())
+        for transform in self.transforms:
+            stream = transform(stream, self.strategy.total)
+        return stream
+
+    def _update(self, lr: float) -> None:
+        """Do what the loop does with gradients, in a thread of the strategy's, beside backward and forward."""
+        try:
+            self.optimizer.lr = lr
+            for i, collected in self._transformed():
+                self._decided.set()
+                self.optimizer.apply(collected, self.parameters[i])
+                self.broadcast(i)
+        finally:
+            self._decided.set()
+
+    def finish(self) -> None:
+        """Return when the model has every new value; every rank calls it."""
+        self.strategy.finish()
 
     def take_losses(self) -> list[tuple[float, Tensor]]:
         """Return this turn's (share, loss) pairs and forget them."""
@@ -180,6 +215,7 @@ class Learner:
 
         Those of the model and of its moving averages; between evaluations BatchNorm's are each rank's own.
         """
+        self.finish()
         models = [
             self.objective.model,
             *(m for m in held_modules(self.objective).values() if isinstance(m, MovingAverage)),
@@ -205,6 +241,10 @@ class Learner:
     def _idle(self, micro_batch: MicroBatch) -> bool:
         """Return whether there is nothing to learn from: no sample, or none of any weight (a mean over no tokens)."""
         return micro_batch.share(self.name) == 0.0
+
+    def _looking(self) -> AbstractContextManager[object]:
+        """Return the context in which the strategy sees how parameters are used; in the first steps."""
+        return _NOTHING_SPECIAL if self._check is None else self.strategy.look()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return autocast(self._device, self._precision)

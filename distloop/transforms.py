@@ -67,7 +67,7 @@ class ClipByNorm(Transform):
         factor = ((norm + 1e-6) / self.max_norm).clamp(min=1.0)
         if held:
             self.norm = norm
-        for i, collected in held:
+        for i, collected in _last_first(held):
             yield i, collected.divided_by(factor)
 
 
@@ -107,7 +107,7 @@ class LossScale(Transform):
         self._adjust()
         if self.overflowed:
             return
-        for i, collected in held:
+        for i, collected in _last_first(held):
             yield i, collected.divided_by(torch.full((), scale, device=collected.gradients[0].device))
 
     def _adjust(self) -> None:
@@ -118,6 +118,11 @@ class LossScale(Transform):
                 raise NonFiniteError(f"fp16 gradients overflow at any loss scale, down to {self.scale:.1e}; try bf16")
         elif self.good_steps == self.growth_interval:
             self.scale, self.good_steps = self.scale * 2.0, 0
+
+
+def _last_first(held: list[tuple[int, Collected]]) -> list[tuple[int, Collected]]:
+    """Return shards in the order in which the next forward pass needs them, where all are there anyway."""
+    return sorted(held, key=lambda item: item[0], reverse=True)
 
 
 def _norm(held: Sequence[tuple[int, Collected]], total: Total) -> Tensor:

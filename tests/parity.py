@@ -254,6 +254,7 @@ def trained_by_distloop(transport: Transport, case: Case, plant: Mapping[str, An
     for _ in train(watched, plant.get("turns", Turns)(learners, every(case)), range(case.epochs), world):
         pass
     for learner in learners:
+        learner.finish()
         learner.strategy.close()
     for name, o in objectives.items():
         outcome.parameters |= {f"{name}.{k}": p.detach().clone() for k, p in o.model.named_parameters()}

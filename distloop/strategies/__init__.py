@@ -44,16 +44,36 @@ def _auto(parameters: Parameters, transport: Transport, options: Options) -> Str
     return fastest(parameters, transport, options)
 
 
-# What a configuration may name. ``single`` is not among them: it is what each of them comes to on one rank.
-STRATEGIES: dict[str, Make] = {"ddp": _ddp, "naive": _naive, "ring": _ring, "direct": _direct, "auto": _auto}
+def _zero_offload(parameters: Parameters, transport: Transport, options: Options) -> Strategy:
+    from distloop.strategies.zero_offload import ZeroOffload
+
+    return ZeroOffload(parameters, transport, options)
+
+
+# What a configuration may name. ``single`` is not among them: it is what most of them come to on one rank.
+STRATEGIES: dict[str, Make] = {
+    "ddp": _ddp,
+    "naive": _naive,
+    "ring": _ring,
+    "direct": _direct,
+    "auto": _auto,
+    "zero_offload": _zero_offload,
+}
+ALSO_ALONE = {"zero_offload"}  # those that do something on one rank too
 # Which options each reads.
 EVERY_OPTION = {"bucket_mb", "unused_parameters"}
-OPTIONS = {"naive": {"deterministic"}, "direct": {"wire_dtype"}, "auto": {"wire_dtype", "calibration"}}
+OPTIONS = {
+    "naive": {"deterministic"},
+    "direct": {"wire_dtype"},
+    "auto": {"wire_dtype", "calibration"},
+    "zero_offload": {"wire_dtype", "accumulate", "device_fraction", "delayed_update"},
+}
 
 
 def make(name: str, parameters: Parameters, transport: Transport, options: Options) -> Strategy:
     """Return the named strategy for these ranks; with one rank there is nothing to collect."""
-    return (_single if transport.size == 1 else STRATEGIES[name])(parameters, transport, options)
+    replaced = transport.size == 1 and name not in ALSO_ALONE
+    return (_single if replaced else STRATEGIES[name])(parameters, transport, options)
 
 
 def torch_collects(name: str) -> bool:

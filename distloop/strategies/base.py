@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,6 +46,9 @@ class Options:
     wire_dtype: Literal["fp32", "bf16"] = "fp32"
     deterministic: bool = False
     calibration: Literal["cached", "fresh"] = "cached"
+    accumulate: Literal["device", "shard"] = "device"
+    device_fraction: float = 0.0
+    delayed_update: bool = False
     weights: torch.dtype | None = None  # of the model while it trains, with copies in fp32 for the optimizer
 
     def bucket_bytes(self, parameters: Parameters) -> int:
@@ -99,7 +103,27 @@ class Strategy(ABC):
 
     @abstractmethod
     def settle(self) -> None:
-        """Return when this rank's model has every new value and the gradients are cleared."""
+        """Return when gradients are cleared, and this rank's model has every new value or will when a module is called.
+
+        Other ways of looking at it come after :meth:`finish`.
+        """
+
+    def finish(self) -> None:  # noqa: B027 (for most the step is over when it has settled)
+        """Return when this rank's model has every new value, and nothing is being sent; every rank calls it."""
+
+    def ahead(self, update: Callable[[], None]) -> bool:
+        """Run ``update``, which collects and applies this step, beside its final backward, which is about to begin.
+
+        Return False, without running it, where the caller has to do that.
+        """
+        return False
+
+    def watch(self, model: nn.Module) -> None:  # noqa: B027 (nobody waits for modules, but those who publish ahead)
+        """Look at the modules in which the parameters are used."""
+
+    def look(self) -> AbstractContextManager[object]:
+        """Return the context of guess, targets and loss in the first steps."""
+        return nullcontext()
 
     def close(self) -> None:  # noqa: B027 (nothing to close is the common case)
         """Let go of threads; the strategy collects no more."""

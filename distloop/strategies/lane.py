@@ -8,6 +8,10 @@ from collections.abc import Callable
 PATIENCE = 0.5  # seconds for which the lane's end waits for its thread
 
 
+class ClosedError(Exception):
+    """What was waited for will not come: its strategy was closed."""
+
+
 class Lane:
     """Runs ``send(0)``, ``send(1)``, ... one after the other, each once it is ready.
 
@@ -32,6 +36,7 @@ class Lane:
         with self._changed:
             self._ready = count
             if not self._threaded or soon_awaited:
+                self._changed.notify_all()
                 return
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="collecting gradients", daemon=True)
@@ -39,17 +44,27 @@ class Lane:
             self._changed.notify_all()
 
     def wait(self, number: int) -> None:
-        """Return when bucket ``number`` has been sent; raise what went wrong with it or with one before."""
+        """Return when bucket ``number`` has been sent; raise what went wrong with it or with one before.
+
+        Raises:
+            ClosedError: the lane was closed meanwhile.
+        """
         with self._changed:
             while self._done <= number and self._failure is None:
-                if self._busy:
-                    self._changed.wait()
-                else:
+                if self._ready > self._done and not self._busy:
                     self._send_next()
+                elif self._closed:
+                    raise ClosedError
+                else:
+                    self._changed.wait()
             if self._failure is not None:
                 raise self._failure
             if self._threaded and self._ready > self._done:
                 self._changed.notify_all()  # the rest, while the caller makes use of this one
+
+    def wait_for_ready(self) -> None:
+        """Return when everything that is ready has been sent."""
+        self.wait(self._ready - 1)
 
     def close(self) -> None:
         """End the thread; after a failure it may be waiting for another rank, and ends when that is over."""

@@ -64,6 +64,9 @@ class Shared(Protocol):
     def all_gather(self, tensor: Tensor) -> None:
         """Complete ``tensor`` by the slices of the other ranks of this host."""
 
+    def barrier(self) -> None:
+        """Return when every rank of this host has come here."""
+
     def check(self, seconds: float = 0.0) -> None:
         """Raise RankDiedError if a rank of this host has ended, or does within ``seconds``."""
 
@@ -86,6 +89,7 @@ class Transport(ABC):
     eager = False  # whether a send is complete once the network has taken it, however late its receiver is
     shared: Shared | None = None  # with the other ranks of this host, if there is any
     calibrated: object = None  # what has been measured of it, for collectives that choose by it
+    busy: Callable[[], None] | None = None  # returns when what another thread still sends with tag 0 has been sent
     library: Callable[[Tensor], None] | None = None  # the all-reduce of the library behind this transport
 
     @abstractmethod

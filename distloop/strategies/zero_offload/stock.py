@@ -1,0 +1,44 @@
+"""Memory of the host in which gradients wait until they are applied: as much as is needed at once."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+from distloop.strategies.zero_offload.links import Link
+
+
+class Stock:
+    """Buffers that are taken by whoever brings gradients and given back by whoever has applied them.
+
+    There are as many as have been in use at once: few, where shards are applied as they arrive; one for each, where
+    all must have arrived before the first is applied, as for clipping by the global norm.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._free: dict[tuple[Link, torch.dtype, int], list[Tensor]] = {}
+        self._applying = self._failed = False
+
+    def take(self, link: Link, dtype: torch.dtype, numel: int) -> Tensor:
+        """Return a buffer, an old one if one is free or soon will be."""
+        free = self._free.setdefault((link, dtype, numel), [])
+        with self._changed:
+            while not free and self._applying:
+                self._changed.wait()
+            if free:
+                return free.pop()
+        return link.allocate(numel, dtype)
+
+    def give_back(self, link: Link, buffer: Tensor) -> None:
+        with self._changed:
+            self._free[link, buffer.dtype, len(buffer)].append(buffer)
+            self._changed.notify_all()
+
+    def applying(self, yes: bool) -> None:
+        """Say whether someone is about to give a buffer back: else it is of no use to wait for one."""
+        with self._changed:
+            self._applying = yes
+            self._changed.notify_all()
