@@ -108,8 +108,7 @@ class Learner:
         self._precision = precision
         self._check: FirstStepCheck | None = FirstStepCheck(name, strategy, refuse_unused=unused == "refuse")
         self._gradients = Gradients(self.collected)
-        self._ahead = False  # whether the strategy runs this step's update by itself
-        self._decided = threading.Event()  # it has begun to apply, or it has ended
+        self._ahead: _Ahead | None = None  # this step's update, if the strategy runs it by itself
         strategy.watch(objective.model)
         self._updated: Callable[[], None] | None = getattr(objective, "updated", None)
 
@@ -126,8 +125,8 @@ class Learner:
     @property
     def gradient_norm(self) -> Tensor | None:
         """The global norm before clipping, of the last step (only if clipping by norm is on)."""
-        if self._ahead:
-            self._decided.wait()
+        if self._ahead is not None:
+            self._ahead.await_decision()
         return self._clip.norm if self._clip else None
 
     def guess(self, micro_batch: MicroBatch) -> Any:
@@ -159,8 +158,8 @@ class Learner:
                 self._check = None
         self.losses.append((share, loss.detach()))
         if micro_batch.final:
-            self._decided.clear()
-            self._ahead = self.strategy.ahead(partial(self._update, self.lr))
+            ahead = _Ahead(partial(self._transformed, self.lr), self._apply)
+            self._ahead = ahead if self.strategy.ahead(ahead) else None
         weight = share if self._loss_scale is None else share * self._loss_scale.scale
         self.strategy.backward(loss, weight, final=micro_batch.final)
         return self._gradients
@@ -170,12 +169,11 @@ class Learner:
 
     def collected(self) -> Iterator[tuple[int, Collected]]:
         """Yield each shard's gradients, transformed, unless the strategy has taken that over; then count the step."""
-        if not self._ahead:
-            self.optimizer.lr = self.lr
-            yield from self._transformed()
+        if self._ahead is None:
+            yield from self._transformed(self.lr)
         self.strategy.settle()
-        if self._ahead and self._loss_scale is not None:
-            self._decided.wait()
+        if self._ahead is not None and self._loss_scale is not None:
+            self._ahead.await_decision()
         if self._loss_scale is not None and self._loss_scale.overflowed:
             self.skipped += 1
             return
@@ -184,22 +182,16 @@ class Learner:
             self.finish()
             self._updated()
 
-    def _transformed(self) -> Stream:
+    def _transformed(self, lr: float) -> Stream:
+        self.optimizer.lr = lr
         stream: Stream = ((i, Collected(gradients)) for i, gradients in self.strategy.collect())
         for transform in self.transforms:
             stream = transform(stream, self.strategy.total)
         return stream
 
-    def _update(self, lr: float) -> None:
-        """Do what the loop does with gradients, in a thread of the strategy's, beside backward and forward."""
-        try:
-            self.optimizer.lr = lr
-            for i, collected in self._transformed():
-                self._decided.set()
-                self.optimizer.apply(collected, self.parameters[i])
-                self.broadcast(i)
-        finally:
-            self._decided.set()
+    def _apply(self, i: int, collected: Collected) -> None:
+        self.optimizer.apply(collected, self.parameters[i])
+        self.broadcast(i)
 
     def finish(self) -> None:
         """Return when the model has every new value; every rank calls it."""
@@ -248,6 +240,32 @@ class Learner:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return autocast(self._device, self._precision)
+
+
+class _Ahead:
+    """What the loop does with gradients, done in a thread of the strategy's, beside backward and forward."""
+
+    def __init__(self, stream: Callable[[], Stream], apply: Callable[[int, Collected], None]):
+        self._stream, self._apply = stream, apply
+        self._decided = threading.Event()  # it has begun to apply, or has ended
+        self._failure: BaseException | None = None
+
+    def __call__(self) -> None:
+        try:
+            for i, collected in self._stream():
+                self._decided.set()
+                self._apply(i, collected)
+        except BaseException as failure:
+            self._failure = failure
+            raise
+        finally:
+            self._decided.set()
+
+    def await_decision(self) -> None:
+        """Return when the norm, and whether it has overflowed, are known."""
+        self._decided.wait()
+        if self._failure is not None:
+            raise self._failure
 
 
 class Gradients:

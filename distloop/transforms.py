@@ -19,7 +19,7 @@ from distloop.errors import NonFiniteError
 
 @dataclass(slots=True)
 class Collected:
-    """One shard's gradients, and what they still have to be divided by.
+    """One shard's gradients, maybe none, and what they still have to be divided by.
 
     The division is left to the optimizer, whose fused kernels do it in the pass they make anyway.
     """
@@ -33,9 +33,9 @@ class Collected:
 
     def settle(self) -> Sequence[Tensor]:
         """Carry the pending division out, in place, and return the gradients."""
-        if self.divisor is not None:
+        if self.divisor is not None and self.gradients:
             torch._foreach_div_(list(self.gradients), self.divisor)
-            self.divisor = None
+        self.divisor = None
         return self.gradients
 
 
@@ -80,8 +80,9 @@ class ClipByValue(Transform):
     def __call__(self, stream: Stream, total: Total) -> Stream:
         for i, collected in stream:
             gradients = list(collected.settle())
-            torch._foreach_clamp_min_(gradients, -self.max_value)
-            torch._foreach_clamp_max_(gradients, self.max_value)
+            if gradients:
+                torch._foreach_clamp_min_(gradients, -self.max_value)
+                torch._foreach_clamp_max_(gradients, self.max_value)
             yield i, Collected(gradients)
 
 
@@ -103,12 +104,13 @@ class LossScale(Transform):
     def __call__(self, stream: Stream, total: Total) -> Stream:
         held, scale = list(stream), self.scale
         # inf and NaN survive the sum of squares. Reading it waits for the device: the price of deciding first.
-        self.overflowed = not math.isfinite(_norm(held, total).item())
+        norm = _norm(held, total)
+        self.overflowed = not math.isfinite(norm.item())
         self._adjust()
         if self.overflowed:
             return
         for i, collected in _last_first(held):
-            yield i, collected.divided_by(torch.full((), scale, device=collected.gradients[0].device))
+            yield i, collected.divided_by(torch.full((), scale, device=norm.device))
 
     def _adjust(self) -> None:
         self.good_steps = 0 if self.overflowed else self.good_steps + 1
