@@ -22,7 +22,7 @@ from distloop.data import Batches, Plan, derive_seed, permutation
 from distloop.learner import Learner, trained_parameters
 from distloop.loop import train
 from distloop.schedules import Constant
-from distloop.strategies import Options, make
+from distloop.strategies import Options, Segment, Strategy, make
 from distloop.tasks import actor_critic
 from distloop.transforms import ClipByNorm, ClipByValue, LossScale, Stream, Total, Transform
 from distloop.transports import Transport
@@ -52,6 +52,7 @@ class Case:
     unused: bool = False
     precision: str = "fp32"
     counts: tuple[int, ...] = ()  # of the actor-critic task: how many samples each rank collected
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the strategy
     every: int = 1  # of the GAN: batches per turn of the generator
 
 
@@ -223,23 +224,43 @@ def make_data(case: Case) -> torch.utils.data.TensorDataset:
 # -- distloop --------------------------------------------------------------------------------------------------------
 
 
-class Spy(Transform):
-    """Keeps what is about to be applied."""
+SHARDED = ("zero_offload",)  # strategies under which a rank sees the gradients of what it owns alone
 
-    def __init__(self, outcome: Outcome, names: Sequence[Sequence[str]]):
-        self.outcome, self.names = outcome, names
+
+class Spy(Transform):
+    """Keeps what is about to be applied, zeros where that is another rank's, and how often each element was there."""
+
+    def __init__(self, learner: str, strategy: Strategy, outcome: Outcome):
+        self.learner, self.strategy, self.outcome = learner, strategy, outcome
+        self.seen: dict[str, Tensor] = {}
 
     def __call__(self, stream: Stream, total: Total) -> Stream:
         held = list(stream)
         if held:
-            self.outcome.gradients.append(
-                {
-                    name: (g.detach() / (1.0 if c.divisor is None else c.divisor)).reshape(-1)
-                    for i, c in held
-                    for name, g in zip(self.names[i], c.gradients, strict=True)
-                }
-            )
+            found, self.seen = self._zeros(), self._zeros()
+            for i, collected in held:
+                divisor = 1.0 if collected.divisor is None else collected.divisor
+                for segment, g in zip(self.strategy.shards[i], collected.gradients, strict=True):
+                    name = f"{self.learner}.{segment.name}"
+                    self._place(found[name], segment, g.detach() / divisor)
+                    self._place(self.seen[name], segment, torch.ones_like(g))
+            self.outcome.gradients.append({name: g.reshape(-1) for name, g in found.items()})
         yield from held
+
+    def _zeros(self) -> dict[str, Tensor]:
+        return {f"{self.learner}.{name}": torch.zeros_like(p) for name, p in self.strategy.parameters.items()}
+
+    def _place(self, whole: Tensor, segment: Segment, part: Tensor) -> None:
+        in_memory = whole.as_strided((whole.numel(),), (1,))
+        order = part if part.dim() == 1 else part.as_strided((part.numel(),), (1,), part.storage_offset())
+        in_memory[segment.start : segment.stop] = order
+
+
+def put_together(transport: Transport, parts: dict[str, Tensor]) -> None:
+    """Add up what each rank has seen of its own part."""
+    row = torch.cat([part.detach().double().reshape(-1) for part in parts.values()])
+    whole = transport.all_gather(row).wait().sum(0).split([part.numel() for part in parts.values()])
+    parts |= dict(zip(parts, whole, strict=True))
 
 
 def trained_by_distloop(transport: Transport, case: Case, plant: Mapping[str, Any] | None = None) -> Outcome:
@@ -247,7 +268,8 @@ def trained_by_distloop(transport: Transport, case: Case, plant: Mapping[str, An
     plant = plant or {}
     outcome = Outcome()
     objectives = make_objectives(case)
-    learners = [_learner(name, o, transport, case, outcome, plant) for name, o in objectives.items()]
+    spies: list[Spy] = []
+    learners = [_learner(name, o, transport, case, outcome, plant, spies) for name, o in objectives.items()]
     batches = _batches(transport, case, objectives, plant)
     world = World(transport.rank, transport.size, transport.rank, transport.size)
     watched = Watched(batches, outcome)
@@ -256,6 +278,12 @@ def trained_by_distloop(transport: Transport, case: Case, plant: Mapping[str, An
     for learner in learners:
         learner.finish()
         learner.strategy.close()
+    if case.strategy in SHARDED and transport.size > 1:
+        for seen in outcome.gradients:
+            put_together(transport, seen)
+        for spy in spies:
+            put_together(transport, spy.seen)
+            assert all((count == 1).all() for count in spy.seen.values()), "every element has one owner"
     for name, o in objectives.items():
         outcome.parameters |= {f"{name}.{k}": p.detach().clone() for k, p in o.model.named_parameters()}
         if hasattr(o, "average"):
@@ -286,12 +314,18 @@ def _batches(transport: Transport, case: Case, objectives: Mapping[str, Any], pl
 
 
 def _learner(
-    name: str, objective: Any, transport: Transport, case: Case, outcome: Outcome, plant: Mapping[str, Any]
+    name: str,
+    objective: Any,
+    transport: Transport,
+    case: Case,
+    outcome: Outcome,
+    plant: Mapping[str, Any],
+    spies: list[Spy],
 ) -> Learner:
     parameters = trained_parameters(name, objective.model)
-    options = Options(case.bucket_mb, "zeros" if case.unused else "refuse")
+    options = Options(case.bucket_mb, "zeros" if case.unused else "refuse", **case.options)
     strategy = plant.get("make", make)(case.strategy, parameters, transport, options)
-    names = [[f"{name}.{segment.name}" for segment in shard] for shard in strategy.shards]
+    spies.append(Spy(name, strategy, outcome))
     chain: list[Transform] = []
     if case.loss_scale is not None:
         chain.append(LossScale(case.loss_scale))
@@ -311,7 +345,7 @@ def _learner(
         rule,
         lr=0.05,
         schedule=Constant(),
-        transforms=[*chain, Spy(outcome, names)],
+        transforms=[*chain, spies[-1]],
         precision=case.precision,
         unused="zeros" if case.unused else "refuse",
     )

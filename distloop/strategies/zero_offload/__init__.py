@@ -170,6 +170,8 @@ class ZeroOffload(Strategy):
             self._traffic.complete()
 
     def close(self) -> None:
+        if self.transport.busy == self._traffic.quiet:
+            self.transport.busy = None
         self._traffic.close()
         self._worker.close()
         for hook in self._hooks:
