@@ -37,6 +37,8 @@ class FirstStepCheck:
         """
         if self._begins:  # and not at the end: DDP waits for all ranks in the second step's first backward
             self._agree()
+            if self.steps == 1 and self._refuse_unused and self._strategy.sends_every_backward:
+                self._compare()  # ranks with fewer micro-batches must not wait for it while others wait for them
         self._begins = final
         if self.steps == 0:
             self._look(loss, idle=idle, final=final)
@@ -70,7 +72,7 @@ class FirstStepCheck:
             self._reached.clear()  # it looks at the last backward alone
         if not idle:
             self._reached |= leaves
-        if final:
+        if final and not self._strategy.sends_every_backward:
             self._compare()
 
     def _compare(self) -> None:

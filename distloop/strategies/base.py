@@ -71,6 +71,7 @@ class Strategy(ABC):
     shards: Sequence[Shard]  # what this rank's optimizer updates
     plan: Sequence[str] = ()  # what it sends in a step, in order; where it is known
     needs_every_gradient = False  # whether each rank's loss must reach every parameter
+    sends_every_backward = False  # whether ranks wait for each other in every backward, not in the final one alone
 
     def __init__(self, parameters: Parameters, transport: Transport):
         self.parameters, self.transport = parameters, transport

@@ -47,6 +47,7 @@ class ZeroOffload(Strategy):
         device = self._list[0].device
         link = link_to(device) if link is None else link
         self._delayed, self._on_shard = options.delayed_update, options.accumulate == "shard"
+        self.sends_every_backward = self._on_shard
         capacity = options.bucket_bytes(parameters)
         if options.bucket_mb is None and device.type == "cpu":
             capacity = CAPACITY_ON_CPU
@@ -159,7 +160,7 @@ class ZeroOffload(Strategy):
         self._touched.clear()
         if self._gates is not None:
             self._gates.shut()
-        self._begun = self._ahead = False
+        self._begun = False
         self._steps += 1
 
     def finish(self) -> None:
