@@ -17,23 +17,29 @@ import torch
 from torch import Tensor
 from torch.optim.rmsprop import rmsprop
 
+from distloop import host_memory
 from distloop.strategies import Shard
 from distloop.transforms import Collected
 
 
-@dataclass
+@dataclass(eq=False)
 class Group:
-    """The segments of a shard that share weight decay, dtype and device, with the optimizer's state for them."""
+    """The segments of a shard that share weight decay, dtypes and device, with the optimizer's state for them.
+
+    ``rounded`` has a tensor per segment that the new values are left in as well, or none. What is restored into the
+    state is to be copied into its tensors: a rule may have kept their addresses.
+    """
 
     indices: list[int]
     values: list[Tensor]
     weight_decay: float
     state: dict[str, list[Tensor]] = field(default_factory=dict)
+    rounded: list[Tensor] = field(default_factory=list)
 
     def buffers(self, name: str) -> list[Tensor]:
         """Return the named state, zero at first, one tensor per segment."""
         if name not in self.state:
-            self.state[name] = [torch.zeros_like(v, memory_format=torch.preserve_format) for v in self.values]
+            self.state[name] = host_memory.zeros_like(self.values)
         return self.state[name]
 
     def counters(self) -> list[Tensor]:
@@ -44,13 +50,22 @@ class Group:
 
 
 class Rule(ABC):
-    """How gradients change values: one method of optimisation with its constants."""
+    """How gradients change values: one method of optimisation with its constants.
+
+    What a rule does not do in its kernel is done before and after it.
+    """
 
     folds = False  # whether its kernel divides the gradients in the pass that it makes anyway
+    widens = False  # whether it takes gradients in half precision for values in single precision
+    rounds = False  # whether it fills ``group.rounded``
 
     @abstractmethod
     def update(self, group: Group, gradients: list[Tensor], lr: float, divisor: Tensor | None) -> None:
         """Update ``group.values`` in place by ``gradients / divisor``; ``divisor`` is None unless the rule folds."""
+
+    def for_group(self, group: Group) -> Rule:
+        """Return the rule that updates ``group``: this one, or another of the same arithmetic where this cannot."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -162,12 +177,15 @@ class OptimizerShard:
     """A shard as the optimizer sees it: its segments in groups that one kernel call can update."""
 
     def __init__(self, shard: Shard, decays: Mapping[str, float]):
-        groups: dict[tuple[float, torch.dtype, torch.device], Group] = {}
+        groups: dict[tuple[float, torch.dtype, torch.device, torch.dtype | None], Group] = {}
         for index, segment in enumerate(shard):
-            values, decay = segment.values, decays[segment.name]
-            group = groups.setdefault((decay, values.dtype, values.device), Group([], [], decay))
+            values, rounded, decay = segment.values, segment.rounded, decays[segment.name]
+            key = (decay, values.dtype, values.device, None if rounded is None else rounded.dtype)
+            group = groups.setdefault(key, Group([], [], decay))
             group.indices.append(index)
             group.values.append(values)
+            if rounded is not None:
+                group.rounded.append(rounded)
         self.groups = list(groups.values())
 
 
@@ -184,17 +202,21 @@ class Optimizer:
         self.rule = rule
         self.shards = [OptimizerShard(shard, decays) for shard in shards]
         self.lr = 0.0  # set before each step by the schedule
+        self._rules = {group: rule.for_group(group) for shard in self.shards for group in shard.groups}
 
     def apply(self, collected: Collected, shard: OptimizerShard) -> None:
-        """Update the values of ``shard`` by its ``collected`` gradients."""
-        divisor = collected.divisor
-        if divisor is not None and not (self.rule.folds and _single_precision(collected.gradients)):
-            collected.settle()  # the fused kernels take a divisor in single precision only
-            divisor = None
+        """Update the values of ``shard`` by its ``collected`` gradients, and what the values are rounded to."""
+        if collected.divisor is not None and not all(self._folds(group) for group in shard.groups):
+            collected.settle()
         gradients = collected.gradients
         for group in shard.groups:
-            self.rule.update(group, [gradients[i] for i in group.indices], self.lr, divisor)
+            rule, dtype, own = self._rules[group], group.values[0].dtype, [gradients[i] for i in group.indices]
+            if not (rule.widens and dtype == torch.float32):
+                own = [g if g.dtype == dtype else g.to(dtype) for g in own]
+            rule.update(group, own, self.lr, collected.divisor)
+            if group.rounded and not rule.rounds:
+                torch._foreach_copy_(group.rounded, group.values)
 
-
-def _single_precision(gradients: Sequence[Tensor]) -> bool:
-    return all(g.dtype == torch.float32 for g in gradients)
+    def _folds(self, group: Group) -> bool:
+        """Return whether the rule divides: the kernels take a divisor in single precision, which is enough for that."""
+        return self._rules[group].folds and group.values[0].dtype == torch.float32

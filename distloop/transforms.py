@@ -32,8 +32,13 @@ class Collected:
         return Collected(self.gradients, divisor if self.divisor is None else self.divisor * divisor)
 
     def settle(self) -> Sequence[Tensor]:
-        """Carry the pending division out, in place, and return the gradients."""
+        """Carry the pending division out, in place or, where that would round to half precision, in fp32; return them.
+
+        ``gradients`` are then the quotients.
+        """
         if self.divisor is not None and self.gradients:
+            if any(g.dtype.itemsize < 4 for g in self.gradients):
+                self.gradients = [g.float() if g.dtype.itemsize < 4 else g for g in self.gradients]
             torch._foreach_div_(list(self.gradients), self.divisor)
         self.divisor = None
         return self.gradients

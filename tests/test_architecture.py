@@ -14,12 +14,12 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up; a module may import from its own floor and from those before it (docs/decisions/0001).
 FLOORS = [
     ["errors"],
-    ["world", "native"],
+    ["world", "native", "host_memory"],
     ["transports"],
     ["collectives", "messages"],
     ["strategies"],
     ["transforms", "schedules"],
-    ["optimizer"],
+    ["optimizer", "cpu_adam"],
     ["loading", "data", "uneven", "site", "memory", "averages", "losses", "first_step"],
     ["learner", "turns"],
     ["checkpoint"],

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from distloop.host_memory import FAILED, LIBC, as_tensor
+
 Pointers = ctypes.Array[ctypes.c_void_p]
-_FAILED = ctypes.c_void_p(-1).value  # what mmap returns when it has failed
 
 
 class Mapping:
@@ -22,11 +23,11 @@ class Mapping:
     """
 
     def __init__(self, handle: int, size: int):
-        self.size, self._unmap = size, _LIBC.munmap
+        self.size, self._unmap = size, LIBC.munmap
         if os.fstat(handle).st_size < size:
             raise OSError(f"the file has less than {size} bytes")
-        found = _LIBC.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, handle, 0)
-        if found == _FAILED or found is None:
+        found = LIBC.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, handle, 0)
+        if found == FAILED or found is None:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
         self.address: int = found
@@ -56,25 +57,5 @@ class Buffer:
         return Buffer([address + offset for address in self.addresses], size, self._keep)
 
 
-def as_tensor(address: int, size: int, dtype: torch.dtype, numel: int, keep: object = None) -> Tensor:
-    """Return memory as a tensor; ``keep`` lives as long as it does."""
-    if not numel:
-        return torch.empty(0, dtype=dtype)  # frombuffer refuses it
-    data = (ctypes.c_char * size).from_address(address)
-    data.keep = keep  # type: ignore[attr-defined]
-    return torch.frombuffer(data, dtype=dtype, count=numel)
-
-
 def pointers(addresses: Sequence[int]) -> Pointers:
     return (ctypes.c_void_p * len(addresses))(*addresses)
-
-
-def _libc() -> ctypes.CDLL:
-    library = ctypes.CDLL(None, use_errno=True)
-    library.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    library.mmap.restype = ctypes.c_void_p
-    library.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    return library
-
-
-_LIBC = _libc()

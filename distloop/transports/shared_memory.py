@@ -19,8 +19,9 @@ from torch import Tensor
 
 from distloop import native
 from distloop.errors import RankHungError
+from distloop.host_memory import as_tensor
 from distloop.transports.base import Transport
-from distloop.transports.mappings import Buffer, Mapping, as_tensor, pointers
+from distloop.transports.mappings import Buffer, Mapping, pointers
 from distloop.transports.peers import Peers
 
 SLOT = 256 * 1024  # bytes up to which a buffer is summed through a slot, with one barrier in place of two
