@@ -116,12 +116,12 @@ class Learner:
     @property
     def loss_scale(self) -> float | None:
         """The factor on the loss (fp16 only)."""
-        return self._loss_scale.scale if self._loss_scale else None
+        return self._loss_scale.scale if self._loss_scale else self.strategy.loss_scale
 
     @property
     def gradient_norm(self) -> Tensor | None:
         """The global norm before clipping, of the last step (only if clipping by norm is on)."""
-        return self._clip.norm if self._clip else None
+        return self._clip.norm if self._clip else self.strategy.gradient_norm
 
     def guess(self, micro_batch: MicroBatch) -> Any:
         if self._idle(micro_batch):
@@ -157,13 +157,13 @@ class Learner:
 
     def collected(self) -> Iterator[tuple[int, Collected]]:
         """Yield each shard's gradients, transformed; then settle and count the step."""
-        self.optimizer.lr = self.lr
+        self.optimizer.lr = self.strategy.lr = self.lr
         stream: Stream = ((i, Collected(gradients)) for i, gradients in self.strategy.collect())
         for transform in self.transforms:
             stream = transform(stream, self.strategy.total)
         yield from stream
         self.strategy.settle()
-        if self._loss_scale is not None and self._loss_scale.overflowed:
+        if self.strategy.overflowed or (self._loss_scale is not None and self._loss_scale.overflowed):
             self.skipped += 1
             return
         self.step += 1

@@ -22,7 +22,7 @@ from distloop.data import Batches, Plan, derive_seed, permutation
 from distloop.learner import Learner, trained_parameters
 from distloop.loop import train
 from distloop.schedules import Constant
-from distloop.strategies import Options, make
+from distloop.strategies import Options, Recipe, make
 from distloop.tasks import actor_critic
 from distloop.transforms import ClipByNorm, ClipByValue, LossScale, Stream, Total, Transform
 from distloop.transports import Transport
@@ -53,6 +53,7 @@ class Case:
     precision: str = "fp32"
     counts: tuple[int, ...] = ()  # of the actor-critic task: how many samples each rank collected
     every: int = 1  # of the GAN: batches per turn of the generator
+    options: Mapping[str, Any] = field(default_factory=dict)  # more of the strategy's
 
 
 @dataclass
@@ -288,8 +289,18 @@ def _learner(
     name: str, objective: Any, transport: Transport, case: Case, outcome: Outcome, plant: Mapping[str, Any]
 ) -> Learner:
     parameters = trained_parameters(name, objective.model)
-    options = Options(case.bucket_mb, "zeros" if case.unused else "refuse")
-    strategy = plant.get("make", make)(case.strategy, parameters, transport, options)
+    options = Options(case.bucket_mb, "zeros" if case.unused else "refuse", **case.options)
+    recipe = Recipe(
+        objective.model,
+        case.rule,
+        {"momentum": 0.9} if case.rule == "sgd" else {},
+        dict.fromkeys(parameters, 0.01),
+        clip_norm=case.clip_norm,
+        clip_value=case.clip_value,
+        loss_scale=case.loss_scale,
+    )
+    given = [case.strategy, parameters, transport, options]
+    strategy = plant["make"](*given) if "make" in plant else make(*given, recipe)
     names = [[f"{name}.{segment.name}" for segment in shard] for shard in strategy.shards]
     chain: list[Transform] = []
     if case.loss_scale is not None:
