@@ -102,6 +102,7 @@ class Learner:
         self.losses: list[tuple[float, Tensor]] = []  # of this turn: this rank's (share of the global batch, loss)
         self._loss_scale = next((t for t in self.transforms if isinstance(t, LossScale)), None)
         self._clip = next((t for t in self.transforms if isinstance(t, ClipByNorm)), None)
+        self._last: Any = NOTHING  # batch that was run, if it may be needed again
         self._device = next(iter(strategy.parameters.values())).device
         self._precision = precision
         self._check: FirstStepCheck | None = FirstStepCheck(name, strategy, refuse_unused=unused == "refuse")
@@ -124,13 +125,15 @@ class Learner:
         return self._clip.norm if self._clip else self.strategy.gradient_norm
 
     def guess(self, micro_batch: MicroBatch) -> Any:
-        if self._idle(micro_batch):
+        batch = self._batch(micro_batch)
+        if batch is NOTHING:
             return NOTHING
         with self._autocast():
-            return self.objective.guess(micro_batch.batch)
+            return self.objective.guess(batch)
 
     def targets(self, micro_batch: MicroBatch) -> Any:
-        return NOTHING if self._idle(micro_batch) else self.objective.targets(micro_batch.batch)
+        batch = self._batch(micro_batch)
+        return NOTHING if batch is NOTHING else self.objective.targets(batch)
 
     def loss(self, guesses: Any, targets: Any) -> Tensor:
         if guesses is NOTHING:  # the other ranks count on this one's turn all the same
@@ -202,9 +205,22 @@ class Learner:
             if id(buffer) not in statistics:
                 transport.broadcast(buffer)
 
-    def _idle(self, micro_batch: MicroBatch) -> bool:
-        """Return whether there is nothing to learn from: no sample, or none of any weight (a mean over no tokens)."""
-        return micro_batch.share(self.name) == 0.0
+    def _batch(self, micro_batch: MicroBatch) -> Any:
+        """Return what to run, or NOTHING: there is no sample, or none of any weight (a mean over no tokens).
+
+        Where ranks must run in step, one with nothing to learn from runs what it ran last, which then weighs nothing.
+        """
+        idle = micro_batch.share(self.name) == 0.0
+        if not self.strategy.in_step:
+            return NOTHING if idle else micro_batch.batch
+        if not idle:
+            self._last = micro_batch.batch
+        elif self._last is NOTHING:
+            raise ConfigError(
+                f"rank {self.strategy.transport.rank} has not had a sample yet, and under this strategy all ranks run "
+                "the model in step: start no more ranks than data.global_batch_size, with samples enough for all"
+            )
+        return self._last
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return autocast(self._device, self._precision)

@@ -132,6 +132,10 @@ class Strategy(ABC):
         """Return a context in which the model is whole on every rank, to be run, read or written; all ranks enter."""
         return nullcontext()
 
+    def finish(self) -> None:
+        """Leave the model whole, and as any other, on every rank: no step follows. All ranks call it."""
+        self.close()
+
     def close(self) -> None:  # noqa: B027 (nothing to close is the common case)
         """Let go of threads; the strategy collects no more."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from distloop.errors import ConfigError, NonFiniteError
 from distloop.messages import agree_on
 from distloop.strategies.base import Options, Parameters, Recipe, Shard, Strategy
 from distloop.strategies.deepspeed import guest, optimizers, settings
+from distloop.strategies.deepspeed.partitioned import Partitioned
 from distloop.strategies.scale import DynamicScale
 from distloop.transports import Transport
 
@@ -52,13 +53,13 @@ class DeepSpeed(Strategy):
         super().__init__(parameters, transport)
         self.shards: Sequence[Shard] = []
         self._recipe = recipe
-        self.in_step = options.stage == 3
+        self.in_step = self.needs_every_gradient = options.stage == 3
         bucket = max(2, options.bucket_bytes(parameters) // 8 * 2)
         config = settings.configuration(options, recipe, device, bucket)
         agree_on(transport, {"version of DeepSpeed": self._module.__version__}, "how gradients are collected")
         optimizer = optimizers.make(parameters, recipe, options, device)
         guest.company.join(self._module, transport, device)
-        with guest.silence(), guest.as_local_rank(device):
+        with guest.silence():
             self._engine = self._module.initialize(
                 model=_LossIdentity(recipe.model), optimizer=optimizer, config=config, dist_init_required=False
             )[0]
@@ -66,6 +67,7 @@ class DeepSpeed(Strategy):
         self._scale = None if recipe.loss_scale is None else DynamicScale(recipe.loss_scale, recipe.growth_interval)
         self._rescale()
         self._together = hasattr(self._zero, "_coalesce_grad_reduction") and not self.in_step
+        self._parts = Partitioned(self._module, self._engine, recipe.model) if options.stage == 3 else None
         self._reduction: AbstractContextManager[None] | None = None
         self._fills = options.unused_parameters == "zeros"
         self.about = _about(options)
@@ -103,6 +105,15 @@ class DeepSpeed(Strategy):
             raise NonFiniteError("gradients became infinite or NaN; a smaller optimizer.lr may help", everywhere=True)
         if self._recipe.clip_norm is not None and not self.overflowed:
             self.gradient_norm = torch.as_tensor(math.nan if norm is None else norm)
+
+    def whole(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._parts is None else self._parts.whole()
+
+    def finish(self) -> None:
+        if self._parts is not None:
+            self._parts.restore()
+            self._parts = None
+        self.close()
 
     def close(self) -> None:
         if self._engine is not None:

@@ -72,6 +72,7 @@ def _hush(deepspeed: Any) -> None:
     """Send DeepSpeed's warnings where warnings go; it was imported while the screen was covered."""
     for handler in deepspeed.utils.logger.handlers:
         handler.setStream(sys.stderr)
+        handler.addFilter(lambda record: "untested optimizer" not in record.getMessage())  # those here are tested
     # It calls what torch will rename; nobody who trains can do anything about it.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
@@ -82,6 +83,7 @@ class Company:
     def __init__(self) -> None:
         self._engines = 0
         self._own = False
+        self._before: dict[str, str | None] = {}  # variables of the environment as they were
 
     def join(self, deepspeed: Any, transport: Transport, device: torch.device) -> None:
         """Let DeepSpeed find the ranks of ``transport``; a rank alone gets a group of one."""
@@ -97,6 +99,8 @@ class Company:
             deepspeed.comm.init_distributed(dist_backend=dist.get_backend(group), auto_mpi_discovery=False)
         # It would make a group of its own, whose timeout is not ours.
         deepspeed.utils.groups._WORLD_GROUP = group
+        if not self._engines:
+            self._say_which(device)
         self._engines += 1
 
     def leave(self, deepspeed: Any) -> None:
@@ -105,25 +109,23 @@ class Company:
         if self._engines > 0:
             return
         deepspeed.utils.groups._WORLD_GROUP = None
+        for name, value in self._before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        self._before = {}
         if self._own:
             dist.destroy_process_group()
             self._own = False
 
 
+    def _say_which(self, device: torch.device) -> None:
+        """Tell DeepSpeed, which now and then asks the environment for its device, which one distloop chose."""
+        number = os.environ.get("LOCAL_RANK", "0") if device.index is None else str(device.index)
+        names = {"LOCAL_RANK"} | ({"OMPI_COMM_WORLD_LOCAL_RANK"} & set(os.environ))
+        self._before = {name: os.environ.get(name) for name in names}
+        os.environ |= dict.fromkeys(names, number)
+
+
 company = Company()  # a process has one default process group
-
-
-@contextlib.contextmanager
-def as_local_rank(device: torch.device) -> Iterator[None]:
-    """Let DeepSpeed, which asks the environment, take the device that distloop chose."""
-    names = [name for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK") if name in os.environ] or ["LOCAL_RANK"]
-    before = {name: os.environ.get(name) for name in names}
-    os.environ |= dict.fromkeys(names, str(device.index or 0))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
