@@ -79,15 +79,18 @@ class GradientsSection(Section):
 
 
 class PrecisionSection(Section):
-    name: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="of forward and loss (autocast); weights stay fp32"
-    )
+    name: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of forward and loss (autocast)")
     loss_scale: PositiveFloat = Field(65536.0, description="fp16: where the loss scale starts")
     growth_interval: Positive = Field(2000, description="fp16: good updates after which it doubles")
+    weights: Literal["fp32", "half"] = Field(
+        "fp32",
+        description="half: the model itself in precision.name while it trains, with fp32 copies at the optimizer; "
+        "deepspeed",
+    )
 
 
 class StrategySection(Section):
-    name: str = Field("ddp", description="how gradients are collected: ddp, naive, ring, direct, auto")
+    name: str = Field("ddp", description="how gradients are collected: ddp, naive, ring, direct, auto, deepspeed")
     bucket_mb: PositiveFloat | None = Field(
         None, description="largest bucket, MiB (default 2 on CPU, 25 on GPU; auto chooses)"
     )
@@ -97,6 +100,16 @@ class StrategySection(Section):
     calibration: Literal["cached", "fresh"] = Field(
         "cached", description="auto: whether measurements of the last day on the same hosts will do"
     )
+    stage: Literal[1, 2, 3] = Field(
+        2, description="deepspeed: what ranks have a part of (1 optimizer state, 2 and gradients, 3 and parameters)"
+    )
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none", description="deepspeed: what is kept and updated on the CPU (parameters: stage 3; optimizer too)"
+    )
+    cpu_adam: Literal["native", "torch", "deepspeed"] = Field(
+        "native", description="kernel of Adam on the CPU (deepspeed has no native one and takes torch's)"
+    )
+    deepspeed: dict[str, Any] = Field({}, description="further keys of DeepSpeed's own configuration")
 
 
 class TrainSection(Section):
@@ -154,7 +167,8 @@ class WorldSection(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where models run (auto: a GPU if there is one)")
     backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="of torch.distributed (auto: nccl on GPUs)")
     transport: Literal["auto", "torch", "sockets", "shared_memory", "mpi"] = Field(
-        "auto", description="of gradients (auto: MPI under mpirun, else shared memory or sockets; ddp: by torch)"
+        "auto",
+        description="of gradients (auto: MPI under mpirun, else shared memory or sockets; ddp, deepspeed: by torch)",
     )
     shared_memory: bool = Field(True, description="whether ranks of one host may share memory")
     timeout: PositiveFloat = Field(300.0, description="seconds after which a missing rank is an error")

@@ -190,9 +190,15 @@ class Assembly(ABC):
         ahead, cuts = tee(self.cuts(epoch, world))
         batches = self._read((indices for _, parts in ahead for indices in parts), epoch, world)
         for position, parts in cuts:
-            last, samples = len(parts) - 1, position.samples
-            held = [MicroBatch(next(batches), len(part) / samples, i == last) for i, part in enumerate(parts)]
-            yield Minibatch(position, held or [MicroBatch(None, 0.0, True)])
+            samples = position.samples
+            held = [MicroBatch(next(batches), len(part) / samples, False) for part in parts]
+            held += [MicroBatch(None, 0.0, False) for _ in range(self.least(position, world) - len(parts))]
+            held[-1].final = True
+            yield Minibatch(position, held)
+
+    def least(self, position: Position, world: World) -> int:
+        """Return how many micro-batches each rank has of a global batch at least; what it lacks is without samples."""
+        return 1
 
     def _read(self, indices: Iterator[Tensor], epoch: int, world: World) -> Iterator[Any]:
         """Yield the batch of each index tensor."""
@@ -241,16 +247,17 @@ class Batches(Assembly):
     Args:
         samples, options: see :class:`Assembly`.
         plan: how it is cut.
+        in_step: whether all ranks have equally many micro-batches, if need be without samples.
 
     Raises:
         DataError: it is empty.
     """
 
-    def __init__(self, samples: Any, plan: Plan, **options: Any):
+    def __init__(self, samples: Any, plan: Plan, *, in_step: bool = False, **options: Any):
         if plan.samples == 0:
             raise DataError("the data set is empty: there is nothing to train on")
         super().__init__(samples, **options)
-        self.plan = plan
+        self.plan, self.in_step = plan, in_step
 
     def first(self, samples: int) -> Any:
         """Return a batch of at most so many samples, the first ones."""
@@ -263,3 +270,8 @@ class Batches(Assembly):
             parts = plan.micro_batches(step, world.rank, world.size)
             position = Position(step, len(plan.batch(step)), step == plan.steps - 1)
             yield position, [order[part.start : part.stop] for part in parts]
+
+    def least(self, position: Position, world: World) -> int:
+        if not self.in_step:
+            return 1
+        return max(len(self.plan.micro_batches(position.batch, rank, world.size)) for rank in range(world.size))

@@ -104,6 +104,7 @@ class Learner:
         self.losses: list[tuple[float, Tensor]] = []  # of this turn: this rank's (share of the global batch, loss)
         self._loss_scale = next((t for t in self.transforms if isinstance(t, LossScale)), None)
         self._clip = next((t for t in self.transforms if isinstance(t, ClipByNorm)), None)
+        self._last: Any = NOTHING  # batch that was run, if it may be needed again
         self._device = next(iter(strategy.parameters.values())).device
         self._precision = precision
         self._check: FirstStepCheck | None = FirstStepCheck(name, strategy, refuse_unused=unused == "refuse")
@@ -120,26 +121,28 @@ class Learner:
     @property
     def loss_scale(self) -> float | None:
         """The factor on the loss (fp16 only)."""
-        return self._loss_scale.scale if self._loss_scale else None
+        return self._loss_scale.scale if self._loss_scale else self.strategy.loss_scale
 
     @property
     def gradient_norm(self) -> Tensor | None:
         """The global norm before clipping, of the last step (only if clipping by norm is on)."""
         if self._ahead is not None:
             self._ahead.await_decision()
-        return self._clip.norm if self._clip else None
+        return self._clip.norm if self._clip else self.strategy.gradient_norm
 
     def guess(self, micro_batch: MicroBatch) -> Any:
-        if self._idle(micro_batch):
+        batch = self._batch(micro_batch)
+        if batch is NOTHING:
             return NOTHING
         with self._looking(), self._autocast():
-            return self.objective.guess(micro_batch.batch)
+            return self.objective.guess(batch)
 
     def targets(self, micro_batch: MicroBatch) -> Any:
-        if self._idle(micro_batch):
+        batch = self._batch(micro_batch)
+        if batch is NOTHING:
             return NOTHING
         with self._looking():
-            return self.objective.targets(micro_batch.batch)
+            return self.objective.targets(batch)
 
     def loss(self, guesses: Any, targets: Any) -> Tensor:
         if guesses is NOTHING:  # the other ranks count on this one's turn all the same
@@ -174,16 +177,16 @@ class Learner:
         self.strategy.settle()
         if self._ahead is not None and self._loss_scale is not None:
             self._ahead.await_decision()
-        if self._loss_scale is not None and self._loss_scale.overflowed:
+        if self.strategy.overflowed or (self._loss_scale is not None and self._loss_scale.overflowed):
             self.skipped += 1
             return
         self.step += 1
         if self._updated is not None:
-            self.finish()
-            self._updated()
+            with self.strategy.whole():
+                self._updated()
 
     def _transformed(self, lr: float) -> Stream:
-        self.optimizer.lr = lr
+        self.optimizer.lr = self.strategy.lr = lr
         stream: Stream = ((i, Collected(gradients)) for i, gradients in self.strategy.collect())
         for transform in self.transforms:
             stream = transform(stream, self.strategy.total)
@@ -192,10 +195,6 @@ class Learner:
     def _apply(self, i: int, collected: Collected) -> None:
         self.optimizer.apply(collected, self.parameters[i])
         self.broadcast(i)
-
-    def finish(self) -> None:
-        """Return when the model has every new value; every rank calls it."""
-        self.strategy.finish()
 
     def take_losses(self) -> list[tuple[float, Tensor]]:
         """Return this turn's (share, loss) pairs and forget them."""
@@ -207,7 +206,6 @@ class Learner:
 
         Those of the model and of its moving averages; between evaluations BatchNorm's are each rank's own.
         """
-        self.finish()
         models = [
             self.objective.model,
             *(m for m in held_modules(self.objective).values() if isinstance(m, MovingAverage)),
@@ -230,9 +228,22 @@ class Learner:
             if id(buffer) not in statistics:
                 transport.broadcast(buffer)
 
-    def _idle(self, micro_batch: MicroBatch) -> bool:
-        """Return whether there is nothing to learn from: no sample, or none of any weight (a mean over no tokens)."""
-        return micro_batch.share(self.name) == 0.0
+    def _batch(self, micro_batch: MicroBatch) -> Any:
+        """Return what to run, or NOTHING: there is no sample, or none of any weight (a mean over no tokens).
+
+        Where ranks must run in step, one with nothing to learn from runs what it ran last, which then weighs nothing.
+        """
+        idle = micro_batch.share(self.name) == 0.0
+        if not self.strategy.in_step:
+            return NOTHING if idle else micro_batch.batch
+        if not idle:
+            self._last = micro_batch.batch
+        elif self._last is NOTHING:
+            raise ConfigError(
+                f"rank {self.strategy.transport.rank} has not had a sample yet, and under this strategy all ranks run "
+                "the model in step: start no more ranks than data.global_batch_size, with samples enough for all"
+            )
+        return self._last
 
     def _looking(self) -> AbstractContextManager[object]:
         """Return the context in which the strategy sees how parameters are used; in the first steps."""

@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,9 +176,15 @@ class Session:
         """Evaluate, remember the best, and return a reason to stop if patience is over."""
         assert self._evaluation is not None
         self._evaluated_at = self.step
+        with ExitStack() as stack:
+            for learner in self.learners:
+                stack.enter_context(learner.strategy.whole())
+            return self._judge(self._evaluation)
+
+    def _judge(self, evaluation: Evaluation) -> str | None:
         for learner in self.learners:
             learner.average_statistics(self.transport)
-        self._metrics = self._evaluation()
+        self._metrics = evaluation()
         if not self._metrics:
             return None
         name, sign = self._watched = self._choose_metric()
@@ -212,6 +218,8 @@ class Session:
 
     def _finish(self, reason: str, stopped: Stop, seconds: float) -> Result:
         keeps_best = self._best is not None and self.monitor.keep_best
+        for learner in self.learners:
+            learner.strategy.finish()
         if keeps_best:
             for name, models in self._files.items():
                 load_model(self.directory / name, models, self.transport)

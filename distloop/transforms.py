@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distloop.errors import NonFiniteError
+from distloop.strategies.scale import DynamicScale
 
 
 @dataclass(slots=True)
@@ -91,7 +91,7 @@ class ClipByValue(Transform):
             yield i, Collected(gradients)
 
 
-class LossScale(Transform):
+class LossScale(DynamicScale, Transform):
     """Keep fp16 gradients above underflow (Micikevicius et al. 2018, section 3.2), with a scale that finds itself.
 
     The loss is multiplied by ``scale`` before backward. If any gradient on any rank overflowed, the step is skipped on
@@ -99,32 +99,15 @@ class LossScale(Transform):
     does the same in one process, but gives ranks that own different shards no way to agree.
     """
 
-    SMALLEST = 2.0**-24  # below this no loss scale will help
-
-    def __init__(self, scale: float = 65536.0, growth_interval: int = 2000):
-        self.scale, self.growth_interval = scale, growth_interval
-        self.good_steps = 0
-        self.overflowed = False  # in the last step
-
     def __call__(self, stream: Stream, total: Total) -> Stream:
         held, scale = list(stream), self.scale
         # inf and NaN survive the sum of squares. Reading it waits for the device: the price of deciding first.
         norm = _norm(held, total)
-        self.overflowed = not math.isfinite(norm.item())
-        self._adjust()
+        self.adjust(overflowed=not math.isfinite(norm.item()))
         if self.overflowed:
             return
         for i, collected in _last_first(held):
             yield i, collected.divided_by(torch.full((), scale, device=norm.device))
-
-    def _adjust(self) -> None:
-        self.good_steps = 0 if self.overflowed else self.good_steps + 1
-        if self.overflowed:
-            self.scale /= 2.0
-            if self.scale < self.SMALLEST:
-                raise NonFiniteError(f"fp16 gradients overflow at any loss scale, down to {self.scale:.1e}; try bf16")
-        elif self.good_steps == self.growth_interval:
-            self.scale, self.good_steps = self.scale * 2.0, 0
 
 
 def _last_first(held: list[tuple[int, Collected]]) -> list[tuple[int, Collected]]:

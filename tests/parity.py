@@ -22,7 +22,7 @@ from distloop.data import Batches, Plan, derive_seed, permutation
 from distloop.learner import Learner, trained_parameters
 from distloop.loop import train
 from distloop.schedules import Constant
-from distloop.strategies import Options, Segment, Strategy, make
+from distloop.strategies import Options, Recipe, Segment, Strategy, make
 from distloop.tasks import actor_critic
 from distloop.transforms import ClipByNorm, ClipByValue, LossScale, Stream, Total, Transform
 from distloop.transports import Transport
@@ -52,8 +52,8 @@ class Case:
     unused: bool = False
     precision: str = "fp32"
     counts: tuple[int, ...] = ()  # of the actor-critic task: how many samples each rank collected
-    options: Mapping[str, Any] = field(default_factory=dict)  # of the strategy
     every: int = 1  # of the GAN: batches per turn of the generator
+    options: Mapping[str, Any] = field(default_factory=dict)  # more of the strategy's
 
 
 @dataclass
@@ -62,6 +62,7 @@ class Outcome:
 
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     parameters: dict[str, Tensor] = field(default_factory=dict)
+    trajectory: list[dict[str, Tensor]] = field(default_factory=list)  # in place of gradients that nobody can see
     seen: list[list[int]] = field(default_factory=list)  # sample numbers by epoch
 
 
@@ -270,14 +271,16 @@ def trained_by_distloop(transport: Transport, case: Case, plant: Mapping[str, An
     objectives = make_objectives(case)
     spies: list[Spy] = []
     learners = [_learner(name, o, transport, case, outcome, plant, spies) for name, o in objectives.items()]
-    batches = _batches(transport, case, objectives, plant)
+    in_step = any(learner.strategy.in_step for learner in learners)
+    batches = _batches(transport, case, objectives, plant, **({"in_step": True} if in_step else {}))
     world = World(transport.rank, transport.size, transport.rank, transport.size)
     watched = Watched(batches, outcome)
-    for _ in train(watched, plant.get("turns", Turns)(learners, every(case)), range(case.epochs), world):
-        pass
+    for update in train(watched, plant.get("turns", Turns)(learners, every(case)), range(case.epochs), world):
+        if update.learner.strategy.updates_itself:  # what it applied is its secret, what came of it is not
+            with update.learner.strategy.whole():
+                outcome.trajectory.append(_trained(update.learner.name, update.learner.objective))
     for learner in learners:
-        learner.finish()
-        learner.strategy.close()
+        learner.strategy.finish()
     if case.strategy in SHARDED and transport.size > 1:
         for seen in outcome.gradients:
             put_together(transport, seen)
@@ -295,13 +298,19 @@ def every(case: Case) -> dict[str, int]:
     return {"generator": case.every} if case.task == "gan" else {}
 
 
-def _batches(transport: Transport, case: Case, objectives: Mapping[str, Any], plant: Mapping[str, Any]) -> Any:
+def _trained(name: str, objective: Any) -> dict[str, Tensor]:
+    return {f"{name}.{k}": p.detach().clone().reshape(-1) for k, p in objective.model.named_parameters()}
+
+
+def _batches(
+    transport: Transport, case: Case, objectives: Mapping[str, Any], plant: Mapping[str, Any], **more: Any
+) -> Any:
     weighers = {name: o.weight for name, o in objectives.items() if hasattr(o, "weight")}
     options = {"seed": case.seed, "weighers": weighers, "transport": transport}
     data = make_data(case)
     if case.task != "actor_critic":
         plan = Plan(case.samples, case.global_batch_size, case.micro_batch_size)
-        return plant.get("batches", Batches)(data, plan, **options)
+        return plant.get("batches", Batches)(data, plan, **options, **more)
     first = sum(case.counts[: transport.rank])
     own = [t[first : first + case.counts[transport.rank]] for t in data.tensors]
     return plant.get("uneven", UnevenBatches)(
@@ -324,15 +333,19 @@ def _learner(
 ) -> Learner:
     parameters = trained_parameters(name, objective.model)
     options = Options(case.bucket_mb, "zeros" if case.unused else "refuse", **case.options)
-    strategy = plant.get("make", make)(case.strategy, parameters, transport, options)
+    recipe = Recipe(
+        objective.model,
+        case.rule,
+        {"momentum": 0.9} if case.rule == "sgd" else {},
+        dict.fromkeys(parameters, 0.01),
+        clip_norm=case.clip_norm,
+        clip_value=case.clip_value,
+        loss_scale=case.loss_scale,
+    )
+    given = [case.strategy, parameters, transport, options]
+    strategy = plant["make"](*given) if "make" in plant else make(*given, recipe)
     spies.append(Spy(name, strategy, outcome))
-    chain: list[Transform] = []
-    if case.loss_scale is not None:
-        chain.append(LossScale(case.loss_scale))
-    if case.clip_norm is not None:
-        chain.append(plant.get("clip", ClipByNorm)(case.clip_norm))
-    if case.clip_value is not None:
-        chain.append(ClipByValue(case.clip_value))
+    chain = [] if strategy.updates_itself else _transforms(case, plant, spies[-1])
     rules = {"sgd": optimizers.SGD(0.9), "adamw": optimizers.Adam(decoupled=True)}
     rule = plant.get("optimizer", optimizers.Optimizer)(
         rules[case.rule], strategy.shards, dict.fromkeys(parameters, 0.01)
@@ -345,10 +358,21 @@ def _learner(
         rule,
         lr=0.05,
         schedule=Constant(),
-        transforms=[*chain, spies[-1]],
+        transforms=chain,
         precision=case.precision,
         unused="zeros" if case.unused else "refuse",
     )
+
+
+def _transforms(case: Case, plant: Mapping[str, Any], spy: Spy) -> list[Transform]:
+    chain: list[Transform] = []
+    if case.loss_scale is not None:
+        chain.append(LossScale(case.loss_scale))
+    if case.clip_norm is not None:
+        chain.append(plant.get("clip", ClipByNorm)(case.clip_norm))
+    if case.clip_value is not None:
+        chain.append(ClipByValue(case.clip_value))
+    return [*chain, spy]
 
 
 class Watched:
@@ -402,6 +426,7 @@ def trained_plainly(case: Case) -> Outcome:
                 {f"{name}.{k}": p.grad.clone().reshape(-1) for k, p in o.model.named_parameters() if p.grad is not None}
             )
             hands[name].step()
+            outcome.trajectory.append(_trained(name, o))
             if name == "generator":
                 averages = {k: 0.9 * averages[k] + 0.1 * p.detach() for k, p in _generator(objectives)}
     for name, o in objectives.items():
@@ -449,14 +474,19 @@ def trained_plainly_in_parts(case: Case, ranks: int) -> Outcome:
                 (loss * (len(part) / len(plan.batch(step)))).backward()
         outcome.gradients.append({f"classifier.{k}": p.grad.clone().view(-1) for k, p in named.items()})
         optimizer.step()
+        outcome.trajectory.append(_trained("classifier", objective))
     outcome.parameters = {f"classifier.{k}": p.detach().clone() for k, p in named.items()}
     return outcome
 
 
 def difference(one: Outcome, other: Outcome) -> float:
-    """Return the largest relative difference: of the gradients at any step, and of the final parameters."""
-    assert len(one.gradients) == len(other.gradients), (len(one.gradients), len(other.gradients))
-    pairs = [*zip(one.gradients, other.gradients, strict=True), (one.parameters, other.parameters)]
+    """Return the largest relative difference at any step and at the end.
+
+    At any step it is that of the gradients; where a strategy keeps them to itself, that of the parameters they led to.
+    """
+    steps, others = (one.trajectory, other.trajectory) if one.trajectory else (one.gradients, other.gradients)
+    assert len(steps) == len(others), (len(steps), len(others))
+    pairs = [*zip(steps, others, strict=True), (one.parameters, other.parameters)]
     return max(_relative(a, b) for a, b in pairs)
 
 

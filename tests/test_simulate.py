@@ -104,7 +104,7 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 REFUSED = [
-    (["--strategy.name", "ddp"], "strategy.name: ddp works over torch.distributed alone"),
+    (["--strategy.name", "ddp"], "strategy.name: this one works over torch.distributed alone"),
     (["--world.device", "cuda"], "command line --world.device: world.device: simulated ranks run on the CPU"),
 ]
 

@@ -14,7 +14,13 @@ from distloop.build.facts import facts
 from distloop.build.feeding import Fed, make_loading
 from distloop.build.length import epochs_of, steps_of
 from distloop.build.method import Method
-from distloop.build.models import make_strategy, moving_averages, refuse_shared_parameters
+from distloop.build.models import (
+    make_strategy,
+    moving_averages,
+    options_from,
+    refuse_shared_parameters,
+    refuse_what_runs_models,
+)
 from distloop.build.place import Place, make_directory, make_place, write_configuration
 from distloop.data import derive_seed
 from distloop.errors import nearest
@@ -28,7 +34,8 @@ from distloop.records import Observer
 from distloop.session import Limits, Monitor, Session, lower_is_better
 from distloop.settings import Resolved
 from distloop.site import Site
-from distloop.strategies import STRATEGIES, Strategy, options_of
+from distloop.strategies import STRATEGIES, Strategy, has_copies, options_of
+from distloop.strategies import check as check_strategy
 from distloop.tasks import import_object, make_task
 from distloop.turns import Turns, checked_turns
 
@@ -48,6 +55,12 @@ def check(resolved: Resolved) -> None:
     resolved.choose("strategy.name", STRATEGIES)
     name = resolved.config.strategy.name
     resolved.refuse_unread("strategy", name, {"name"} | options_of(name))
+    if resolved.config.precision.weights == "half":
+        if not has_copies(name):
+            raise resolved.error("precision.weights", f"{name} has no fp32 copies of half-precision weights")
+        if resolved.config.precision.name == "fp32":
+            raise resolved.error("precision.weights", "half is a half of what? set precision.name to bf16 or fp16")
+    check_strategy(name, options_from(resolved.config))
 
 
 class Builder:
@@ -76,13 +89,19 @@ class Builder:
         agree_on(transport, {"objectives": list(objectives), "turns": checked_turns(task)}, "the task")
         self.resolved.check_learners(objectives)
         refuse_shared_parameters(objectives)
-        strategies = {name: make_strategy(name, o, place, config.strategy) for name, o in objectives.items()}
+        strategies = {
+            name: make_strategy(name, o, place, config, Method(self.resolved.for_learner(name)))
+            for name, o in objectives.items()
+        }
+        refuse_what_runs_models(task, strategies)
         # From here on ranks draw different numbers: dropout must not repeat itself on every rank.
         torch.manual_seed(derive_seed("rank", config.train.seed, world.rank))
         site = Site(world, transport, place.device, config.train.seed)
         if hasattr(task, "join"):
             task.join(site)
-        fed = Fed(task, config, place, {name: o.weight for name, o in objectives.items() if hasattr(o, "weight")}, site)
+        weighers = {name: o.weight for name, o in objectives.items() if hasattr(o, "weight")}
+        in_step = any(strategy.in_step for strategy in strategies.values())
+        fed = Fed(task, config, place, weighers, site, in_step=in_step)
         first = fed.collect(0)
         steps = steps_of(config, getattr(first, "plan", None))
         turns = self._turns(task, strategies, steps)
@@ -190,7 +209,7 @@ class Builder:
             Optimizer(method.rule(), strategy.shards, method.decays(strategy.parameters)),
             lr=method.lr,
             schedule=method.schedule(steps),
-            transforms=method.transforms(),
+            transforms=[] if strategy.updates_itself else method.transforms(),
             precision=self.config.precision.name,
             unused=self.config.strategy.unused_parameters,
         )

@@ -66,11 +66,12 @@ def facts(
 
 
 def _strategy(learners: Sequence[Learner], place: Place, name: str) -> str:
-    if place.world.size == 1:
+    about = list(dict.fromkeys(learner.strategy.about for learner in learners if learner.strategy.about))
+    if place.world.size == 1 and not about:
         return f"none needed for one rank ({name} with more)"
     how = {re.sub(r"^\d+ \w+ by ", "", line): None for learner in learners for line in learner.strategy.plan}
     buckets = sum(len(learner.strategy.plan) for learner in learners)
-    text = name
+    text = ", ".join([name, *about])
     if how:
         text += f", {buckets} bucket{'s' if buckets > 1 else ''} by {', '.join(how)}"
     return "; ".join([text, *place.notes])

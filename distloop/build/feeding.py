@@ -32,9 +32,19 @@ class Fed:
     random must be the same on all of them. What ranks collect for themselves is seeded by their ``Site``.
     """
 
-    def __init__(self, task: Any, config: Config, place: Place, weighers: Weighers, site: Site | None = None):
+    def __init__(
+        self,
+        task: Any,
+        config: Config,
+        place: Place,
+        weighers: Weighers,
+        site: Site | None = None,
+        *,
+        in_step: bool = False,
+    ):
         self._task, self._config, self._place, self._weighers = task, config, place, weighers
         self._site = site or Site(place.world, place.transport, place.device, config.train.seed)
+        self._in_step = in_step  # whether ranks must have equally many micro-batches
         self._epoch: int | None = None
         self._data: Any = None
         self._size: int | None = None
@@ -76,6 +86,12 @@ class Fed:
         facts = torch.tensor([kind, data.passes if own else 1, size])
         rows = self._place.transport.all_gather(facts).wait().tolist()
         self._compare(rows)
+        if self._in_step and kind != 0:
+            raise ConfigError(
+                f"strategy.stage: under 3 all ranks run the model equally often, and collect({self._epoch}) returned "
+                f"{KINDS[kind]}; return a data set, or use stage 1 or 2",
+                everywhere=True,
+            )
         if kind == 0 and data is self._data and size == self._size:
             return
         self._data, self._size = (data, size) if kind == 0 else (None, None)
@@ -110,7 +126,8 @@ class Fed:
         sizes = self._config.data
         facts = {"number of samples": size, "contents": fingerprint(data)}
         agree_on(self._place.transport, facts, "the data set (samples of each rank's own come as distloop.PerRank)")
-        return Batches(data, Plan(size, sizes.global_batch_size, sizes.micro_batch_size), **self._options())
+        plan = Plan(size, sizes.global_batch_size, sizes.micro_batch_size)
+        return Batches(data, plan, in_step=self._in_step, **self._options())
 
     def _options(self) -> dict[str, Any]:
         return {

@@ -15,6 +15,7 @@ from distloop import schedules, transforms
 from distloop.config import OptimizerSection, ScheduleSection
 from distloop.layers import LEARNERS, PER_LEARNER
 from distloop.settings import Resolved
+from distloop.strategies import Recipe
 from distloop.tasks import import_object
 
 # Which keys each method reads, beside the common ones; another method's key is refused where it is given.
@@ -89,6 +90,24 @@ class Method:
         """Return the weight decay of each parameter; biases and the scales of norms have fewer than two dimensions."""
         c = self._config.optimizer
         return {n: c.weight_decay if p.dim() >= 2 or c.decay_biases_and_norms else 0.0 for n, p in parameters.items()}
+
+    def recipe(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Recipe:
+        """Return all this as plain data, for strategies that update by themselves."""
+        c, clip, precision = self._config.optimizer, self._config.gradients, self._config.precision
+        constants = {
+            "sgd": {"momentum": c.momentum, "nesterov": c.nesterov},
+            "rmsprop": {"alpha": c.alpha, "eps": c.eps, "momentum": c.momentum},
+        }
+        return Recipe(
+            model,
+            c.name,
+            constants.get(c.name, {"betas": (c.betas[0], c.betas[1]), "eps": c.eps}),
+            self.decays(parameters),
+            clip_norm=clip.clip_norm,
+            clip_value=clip.clip_value,
+            loss_scale=precision.loss_scale if precision.name == "fp16" else None,
+            growth_interval=precision.growth_interval,
+        )
 
     def schedule(self, steps: int | None) -> schedules.Schedule:
         """Return the schedule; ``steps`` is the number of updates in the run, if it is known."""

@@ -3,19 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from distloop.averages import MovingAverage
+from distloop.build.method import Method
 from distloop.build.place import Place
-from distloop.config import StrategySection
+from distloop.config import Config
 from distloop.errors import ConfigError
 from distloop.learner import Objective, held_modules, trained_parameters
 from distloop.strategies import Options, Strategy, make
 from distloop.strategies.base import agree_on_model
 
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-def make_strategy(name: str, objective: Objective, place: Place, section: StrategySection) -> Strategy:
+
+def options_from(config: Config) -> Options:
+    """Return what a configuration says that strategies read."""
+    section, precision = config.strategy, config.precision
+    return Options(
+        bucket_mb=section.bucket_mb,
+        unused_parameters=section.unused_parameters,
+        wire_dtype=section.wire_dtype,
+        deterministic=section.deterministic,
+        calibration=section.calibration,
+        weights=HALF.get(precision.name) if precision.weights == "half" else None,
+        stage=section.stage,
+        offload=section.offload,
+        cpu_adam=section.cpu_adam,
+        deepspeed=section.deepspeed,
+    )
+
+
+def make_strategy(name: str, objective: Objective, place: Place, config: Config, method: Method) -> Strategy:
     """Make an objective's model, and what it looks at, the same on all ranks; choose how gradients are collected.
 
     Raises:
@@ -28,14 +50,9 @@ def make_strategy(name: str, objective: Objective, place: Place, section: Strate
             "have fewer of them or none; use GroupNorm or LayerNorm, or BatchNorm"
         )
     parameters = trained_parameters(name, model)
-    options = Options(
-        bucket_mb=section.bucket_mb,
-        unused_parameters=section.unused_parameters,
-        wire_dtype=section.wire_dtype,
-        deterministic=section.deterministic,
-        calibration=section.calibration,
+    strategy = make(
+        config.strategy.name, parameters, place.transport, options_from(config), method.recipe(model, parameters)
     )
-    strategy = make(section.name, parameters, place.transport, options)
     rest = {key: t for key, t in _tensors(model).items() if key not in parameters}
     for held, module in held_modules(objective).items():
         module.to(place.device)
@@ -72,6 +89,31 @@ def refuse_shared_parameters(objectives: Mapping[str, Objective]) -> None:
                     "may train them: make them one objective whose loss is the sum, or leave them out of the model of "
                     "one, which may still use them in its guess"
                 )
+
+
+def refuse_what_runs_models(task: Any, strategies: Mapping[str, Strategy]) -> None:
+    """Refuse a task that needs its models between the forward and backward passes of the steps, where none is whole.
+
+    Raises:
+        ConfigError: a strategy has all ranks run its model in step, and the task cannot.
+    """
+    if not any(strategy.in_step for strategy in strategies.values()):
+        return
+    reasons = {
+        "more than one learner, and each learner's model is in parts during the other's turn": len(strategies) > 1,
+        "join(site), and what acts runs its model by itself": hasattr(task, "join"),
+    }
+    for name, objective in task.objectives.items():
+        averages = any(isinstance(held, MovingAverage) for held in held_modules(objective).values())
+        reasons[f"updated() of {name!r} or a moving average, which follow whole models"] = averages or hasattr(
+            objective, "updated"
+        )
+    for reason, found in reasons.items():
+        if found:
+            raise ConfigError(
+                f"strategy.stage: 3 leaves each rank a part of a model, and this task has {reason}; use stage 1 or 2",
+                everywhere=True,
+            )
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -2,52 +2,60 @@
 
 from collections.abc import Callable
 
-from distloop.strategies.base import Options, Parameters, Segment, Shard, Strategy
+from distloop.strategies.base import Options, Parameters, Recipe, Segment, Shard, Strategy
 from distloop.transports import Transport
 
-Make = Callable[[Parameters, Transport, Options], Strategy]
+Make = Callable[[Parameters, Transport, Options, Recipe | None], Strategy]
 
 
-def _single(parameters: Parameters, transport: Transport, options: Options) -> Strategy:
+def _single(parameters: Parameters, transport: Transport, options: Options, _: Recipe | None) -> Strategy:
     from distloop.strategies.single import Single
 
     return Single(parameters, transport, options)
 
 
-def _ddp(parameters: Parameters, transport: Transport, options: Options) -> Strategy:
+def _ddp(parameters: Parameters, transport: Transport, options: Options, _: Recipe | None) -> Strategy:
     from distloop.strategies.ddp import DDP
 
     return DDP(parameters, transport, options)
 
 
-def _naive(parameters: Parameters, transport: Transport, options: Options) -> Strategy:
+def _naive(parameters: Parameters, transport: Transport, options: Options, _: Recipe | None) -> Strategy:
     from distloop.strategies.plans import fixed
 
     return fixed("tree" if options.deterministic else "naive_pipelined", parameters, transport, options)
 
 
-def _ring(parameters: Parameters, transport: Transport, options: Options) -> Strategy:
+def _ring(parameters: Parameters, transport: Transport, options: Options, _: Recipe | None) -> Strategy:
     from distloop.strategies.plans import fixed
 
     return fixed("ring", parameters, transport, options)
 
 
-def _direct(parameters: Parameters, transport: Transport, options: Options) -> Strategy:
+def _direct(parameters: Parameters, transport: Transport, options: Options, _: Recipe | None) -> Strategy:
     from distloop.strategies.plans import fixed
 
     return fixed("direct", parameters, transport, options)
 
 
-def _auto(parameters: Parameters, transport: Transport, options: Options) -> Strategy:
+def _auto(parameters: Parameters, transport: Transport, options: Options, _: Recipe | None) -> Strategy:
     from distloop.strategies.plans import fastest
 
     return fastest(parameters, transport, options)
 
 
-def _zero_offload(parameters: Parameters, transport: Transport, options: Options) -> Strategy:
+def _zero_offload(parameters: Parameters, transport: Transport, options: Options, recipe: Recipe | None) -> Strategy:
     from distloop.strategies.zero_offload import ZeroOffload
 
     return ZeroOffload(parameters, transport, options)
+
+
+def _deepspeed(parameters: Parameters, transport: Transport, options: Options, recipe: Recipe | None) -> Strategy:
+    from distloop.strategies.deepspeed import DeepSpeed
+
+    if recipe is None:
+        raise ValueError("strategy deepspeed updates by itself: it needs a recipe")
+    return DeepSpeed(parameters, transport, options, recipe)
 
 
 # What a configuration may name. ``single`` is not among them: it is what most of them come to on one rank.
@@ -58,27 +66,53 @@ STRATEGIES: dict[str, Make] = {
     "direct": _direct,
     "auto": _auto,
     "zero_offload": _zero_offload,
+    "deepspeed": _deepspeed,
 }
-ALSO_ALONE = {"zero_offload"}  # those that do something on one rank too
+ALSO_ALONE = {"zero_offload", "deepspeed"}  # what they do is worth having on one rank too
+BY_TORCH = {"ddp", "deepspeed"}  # leave the sending of gradients to torch.distributed itself
+WITH_COPIES = {"zero_offload", "deepspeed"}  # can train a model in half precision, by copies of it in fp32
 # Which options each reads.
 EVERY_OPTION = {"bucket_mb", "unused_parameters"}
 OPTIONS = {
     "naive": {"deterministic"},
     "direct": {"wire_dtype"},
     "auto": {"wire_dtype", "calibration"},
-    "zero_offload": {"wire_dtype", "accumulate", "device_fraction", "delayed_update"},
+    "zero_offload": {"wire_dtype", "accumulate", "device_fraction", "delayed_update", "cpu_adam"},
+    "deepspeed": {"stage", "offload", "cpu_adam", "deepspeed"},
 }
 
 
-def make(name: str, parameters: Parameters, transport: Transport, options: Options) -> Strategy:
-    """Return the named strategy for these ranks; with one rank there is nothing to collect."""
-    replaced = transport.size == 1 and name not in ALSO_ALONE
-    return (_single if replaced else STRATEGIES[name])(parameters, transport, options)
+def make(
+    name: str, parameters: Parameters, transport: Transport, options: Options, recipe: Recipe | None = None
+) -> Strategy:
+    """Return the named strategy for these ranks; with one rank most of them have nothing to collect.
+
+    Strategies that update by themselves do it by ``recipe``.
+    """
+    chosen = STRATEGIES[name] if transport.size > 1 or name in ALSO_ALONE else _single
+    return chosen(parameters, transport, options, recipe)
+
+
+def check(name: str, options: Options) -> None:
+    """Refuse, before the ranks meet, what the named strategy cannot do with these options.
+
+    Raises:
+        ConfigError: something it needs is not installed, or a key is wrong.
+    """
+    if name == "deepspeed":
+        from distloop.strategies.deepspeed.settings import check_options
+
+        check_options(options)
 
 
 def torch_collects(name: str) -> bool:
     """Return whether the named strategy leaves the sending of gradients to torch.distributed itself."""
-    return STRATEGIES[name] is _ddp
+    return name in BY_TORCH
+
+
+def has_copies(name: str) -> bool:
+    """Return whether the named strategy can train a model in half precision, with copies in fp32."""
+    return name in WITH_COPIES
 
 
 def options_of(name: str) -> set[str]:
@@ -90,9 +124,12 @@ __all__ = [
     "STRATEGIES",
     "Options",
     "Parameters",
+    "Recipe",
     "Segment",
     "Shard",
     "Strategy",
+    "check",
+    "has_copies",
     "make",
     "options_of",
     "torch_collects",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,10 @@ class Options:
     device_fraction: float = 0.0
     delayed_update: bool = False
     weights: torch.dtype | None = None  # of the model while it trains, with copies in fp32 for the optimizer
+    stage: Literal[1, 2, 3] = 2
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    cpu_adam: Literal["native", "torch", "deepspeed"] = "native"
+    deepspeed: Mapping[str, Any] = field(default_factory=dict)  # keys of DeepSpeed's own configuration
 
     def bucket_bytes(self, parameters: Parameters) -> int:
         """Return the largest size of a bucket in bytes."""
@@ -57,6 +61,20 @@ class Options:
             return max(1, int(self.bucket_mb * 2**20))
         # 25 MB is DDP's own default. On CPU it hides nothing for models of less than 25 MB (docs/decisions/0001).
         return (25 if any(p.is_cuda for p in parameters.values()) else 2) * 2**20
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How gradients become updates, as plain data: for strategies that clip, scale and update by themselves."""
+
+    model: nn.Module
+    optimizer: str  # sgd, rmsprop, adam, adamw, or package.module:Class
+    constants: Mapping[str, Any]  # by the names that torch.optim gives them
+    decays: Mapping[str, float]  # weight decay by parameter name
+    clip_norm: float | None = None
+    clip_value: float | None = None
+    loss_scale: float | None = None  # where it starts (None: gradients need no scale)
+    growth_interval: int = 2000
 
 
 class Strategy(ABC):
@@ -70,8 +88,16 @@ class Strategy(ABC):
 
     shards: Sequence[Shard]  # what this rank's optimizer updates
     plan: Sequence[str] = ()  # what it sends in a step, in order; where it is known
+    about = ""  # what a user may want to know before the training
     needs_every_gradient = False  # whether each rank's loss must reach every parameter
     sends_every_backward = False  # whether ranks wait for each other in every backward, not in the final one alone
+    # What the next few say concerns strategies with an engine of their own, which have no shards to hand out.
+    updates_itself = False  # whether it clips, scales and updates in settle(), as its recipe says
+    in_step = False  # whether all ranks must run forward and backward equally often, also with nothing to learn from
+    lr = 0.0  # set before each update
+    overflowed = False  # in the last step, which was skipped
+    loss_scale: float | None = None
+    gradient_norm: Tensor | None = None  # before clipping, of the last step
 
     def __init__(self, parameters: Parameters, transport: Transport):
         self.parameters, self.transport = parameters, transport
@@ -106,11 +132,8 @@ class Strategy(ABC):
     def settle(self) -> None:
         """Return when gradients are cleared, and this rank's model has every new value or will when a module is called.
 
-        Other ways of looking at it come after :meth:`finish`.
+        Who looks at it in other ways does so in :meth:`whole`.
         """
-
-    def finish(self) -> None:  # noqa: B027 (for most the step is over when it has settled)
-        """Return when this rank's model has every new value, and nothing is being sent; every rank calls it."""
 
     def ahead(self, update: Callable[[], None]) -> bool:
         """Run ``update``, which collects and applies this step, beside its final backward, which is about to begin.
@@ -125,6 +148,14 @@ class Strategy(ABC):
     def look(self) -> AbstractContextManager[object]:
         """Return the context of guess, targets and loss in the first steps."""
         return nullcontext()
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Return a context in which the model is whole on every rank, to be run, read or written; all ranks enter."""
+        return nullcontext()
+
+    def finish(self) -> None:
+        """Leave the model whole, and as any other, on every rank: no step follows. All ranks call it."""
+        self.close()
 
     def close(self) -> None:  # noqa: B027 (nothing to close is the common case)
         """Let go of threads; the strategy collects no more."""

@@ -136,7 +136,9 @@ class Transport(ABC):
         Raises:
             ConfigError: there is none.
         """
-        raise ConfigError("strategy.name: ddp works over torch.distributed alone; use naive, ring, direct or auto here")
+        raise ConfigError(
+            "strategy.name: this one works over torch.distributed alone; use naive, ring, direct or auto here"
+        )
 
     def close(self, *, failed: bool = False) -> None:  # noqa: B027 (nothing to close is the common case)
         """Leave the cluster; after a failure without waiting for anyone."""

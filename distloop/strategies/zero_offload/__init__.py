@@ -163,12 +163,17 @@ class ZeroOffload(Strategy):
         self._begun = False
         self._steps += 1
 
-    def finish(self) -> None:
+    def whole(self) -> AbstractContextManager[None]:
         self._traffic.complete()
         if self._delayed and self._steps:
             self._traffic.publish_all()
             self._traffic.open()
             self._traffic.complete()
+        return nullcontext()
+
+    def finish(self) -> None:
+        self.whole()
+        self.close()
 
     def close(self) -> None:
         if self.transport.busy == self._traffic.quiet:
