@@ -85,20 +85,36 @@ class PrecisionSection(Section):
     weights: Literal["fp32", "half"] = Field(
         "fp32",
         description="half: the model itself in precision.name while it trains, with fp32 copies at the optimizer; "
-        "deepspeed",
+        "zero_offload, deepspeed",
     )
 
 
 class StrategySection(Section):
-    name: str = Field("ddp", description="how gradients are collected: ddp, naive, ring, direct, auto, deepspeed")
+    name: str = Field(
+        "ddp", description="how gradients are collected: ddp, naive, ring, direct, auto, zero_offload, deepspeed"
+    )
     bucket_mb: PositiveFloat | None = Field(
         None, description="largest bucket, MiB (default 2 on CPU, 25 on GPU; auto chooses)"
     )
     unused_parameters: Literal["refuse", "zeros"] = Field("refuse", description="those that the loss does not reach")
-    wire_dtype: Literal["fp32", "bf16"] = Field("fp32", description="direct, auto: of gradients between ranks")
+    wire_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="direct, auto, zero_offload: of gradients between ranks"
+    )
     deterministic: bool = Field(False, description="naive: add along a fixed tree")
     calibration: Literal["cached", "fresh"] = Field(
         "cached", description="auto: whether measurements of the last day on the same hosts will do"
+    )
+    accumulate: Literal["device", "shard"] = Field(
+        "device",
+        description="zero_offload: where gradients of several micro-batches are added up (shard: by their owners; less "
+        "memory, and all of them travel)",
+    )
+    device_fraction: Fraction = Field(
+        0.0, description="zero_offload: part of the optimizer that stays on the device, with 12 bytes a parameter"
+    )
+    delayed_update: bool = Field(
+        False,
+        description="zero_offload: leave the last update out of the next gradient, so that it need not be waited for",
     )
     stage: Literal[1, 2, 3] = Field(
         2, description="deepspeed: what ranks have a part of (1 optimizer state, 2 and gradients, 3 and parameters)"

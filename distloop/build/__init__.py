@@ -34,7 +34,7 @@ from distloop.records import Observer
 from distloop.session import Limits, Monitor, Session, lower_is_better
 from distloop.settings import Resolved
 from distloop.site import Site
-from distloop.strategies import STRATEGIES, Strategy, has_copies, options_of
+from distloop.strategies import STRATEGIES, Strategy, cuts_parameters, has_copies, options_of
 from distloop.strategies import check as check_strategy
 from distloop.tasks import import_object, make_task
 from distloop.turns import Turns, checked_turns
@@ -50,10 +50,12 @@ def check(resolved: Resolved) -> None:
     Raises:
         ConfigError: it contradicts itself.
     """
-    for one in (resolved, *resolved.learners.values()):
-        Method(one)
     resolved.choose("strategy.name", STRATEGIES)
     name = resolved.config.strategy.name
+    for one in (resolved, *resolved.learners.values()):
+        method = Method(one)
+        if cuts_parameters(name):
+            method.refuse_whole_parameters(name)
     resolved.refuse_unread("strategy", name, {"name"} | options_of(name))
     if resolved.config.precision.weights == "half":
         if not has_copies(name):
@@ -206,7 +208,7 @@ class Builder:
             name,
             objective,
             strategy,
-            Optimizer(method.rule(), strategy.shards, method.decays(strategy.parameters)),
+            Optimizer(method.rule(on_host=strategy.on_host), strategy.shards, method.decays(strategy.parameters)),
             lr=method.lr,
             schedule=method.schedule(steps),
             transforms=[] if strategy.updates_itself else method.transforms(),

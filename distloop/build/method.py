@@ -33,6 +33,8 @@ SCHEDULES: dict[str, set[str]] = {
     "one_cycle": {"steps", "peak", "start_div", "final_div"},
     "plateau": {"gamma", "patience", "threshold"},
 }
+# Those of torch.optim that look at every element by itself: LBFGS, Muon, Adafactor and SparseAdam do not.
+ELEMENT_WISE = {"SGD", "RMSprop", "Adam", "AdamW", "Adadelta", "Adagrad", "Adamax", "ASGD", "NAdam", "RAdam", "Rprop"}
 EVERY_OPTIMIZER = {"name", "lr", "weight_decay", "decay_biases_and_norms", "lr_scaling", "reference_batch_size"}
 EVERY_SCHEDULE = {"name", "warmup_steps", "warmup_start"}
 
@@ -57,13 +59,35 @@ class Method:
         self.scale = lr_scale(c, self._config.data.global_batch_size)
         self.lr = c.lr * self.scale
 
-    def rule(self) -> optimizers.Rule:
-        """Return the optimizer's rule."""
+    def refuse_whole_parameters(self, strategy: str) -> None:
+        """Raise ConfigError unless the optimizer looks at every element by itself."""
+        name = self._config.optimizer.name
+        path, _, kind = name.partition(":")
+        if not kind or (path.startswith("torch.optim") and kind in ELEMENT_WISE):
+            return
+        if getattr(
+            import_object(name, f"{self._resolved.source('optimizer.name')}: optimizer.name"), "element_wise", False
+        ):
+            return
+        raise self._resolved.error(
+            "optimizer.name",
+            f"under {strategy} a rank updates cuts of parameters, and {kind} may need all of one; "
+            f"{', '.join(OPTIMIZERS)} work, torch.optim:CLASS for CLASS of {', '.join(sorted(ELEMENT_WISE))}, and "
+            "a class with the attribute element_wise = True",
+        )
+
+    def rule(self, *, on_host: bool = False) -> optimizers.Rule:
+        """Return the optimizer's rule; ``on_host``: for values on the CPU that are not the model's own."""
         c = self._config.optimizer
         if c.name == "sgd":
             return optimizers.SGD(c.momentum, c.nesterov)
         if c.name == "rmsprop":
             return optimizers.RMSProp(c.alpha, c.eps, c.momentum)
+        if c.name in ("adam", "adamw") and on_host:
+            from distloop.cpu_adam import cpu_adam
+
+            kernel = self._config.strategy.cpu_adam
+            return cpu_adam(kernel, (c.betas[0], c.betas[1]), c.eps, decoupled=c.name == "adamw")
         if c.name in ("adam", "adamw"):
             return optimizers.Adam((c.betas[0], c.betas[1]), c.eps, decoupled=c.name == "adamw")
         make = import_object(c.name, f"{self._resolved.source('optimizer.name')}: optimizer.name")

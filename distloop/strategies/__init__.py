@@ -71,6 +71,7 @@ STRATEGIES: dict[str, Make] = {
 ALSO_ALONE = {"zero_offload", "deepspeed"}  # what they do is worth having on one rank too
 BY_TORCH = {"ddp", "deepspeed"}  # leave the sending of gradients to torch.distributed itself
 WITH_COPIES = {"zero_offload", "deepspeed"}  # can train a model in half precision, by copies of it in fp32
+CUTTING = {"zero_offload", "deepspeed"}  # a rank's optimizer has cuts of parameters, not all of any
 # Which options each reads.
 EVERY_OPTION = {"bucket_mb", "unused_parameters"}
 OPTIONS = {
@@ -113,6 +114,11 @@ def torch_collects(name: str) -> bool:
 def has_copies(name: str) -> bool:
     """Return whether the named strategy can train a model in half precision, with copies in fp32."""
     return name in WITH_COPIES
+
+
+def cuts_parameters(name: str) -> bool:
+    """Return whether a rank's optimizer has parts of parameters, so that it must look at each element by itself."""
+    return name in CUTTING
 
 
 def options_of(name: str) -> set[str]:

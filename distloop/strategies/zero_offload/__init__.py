@@ -42,6 +42,8 @@ class ZeroOffload(Strategy):
         link: the way between device and host (None: what the parameters' device needs).
     """
 
+    on_host = True
+
     def __init__(self, parameters: Parameters, transport: Transport, options: Options, link: Link | None = None):
         super().__init__(parameters, transport)
         device = self._list[0].device
@@ -54,9 +56,9 @@ class ZeroOffload(Strategy):
         self.buckets = lay_out(parameters, transport, capacity, options.weights)
         self._count = len(self.buckets)
         dtypes = [str(b.flat.dtype).removeprefix("torch.") for b in self.buckets]
-        self.plan = [
-            f"{len(b.flat)} {d} by reduce-scatter and all-gather" for b, d in zip(self.buckets, dtypes, strict=True)
-        ]
+        how = "reduce-scatter and all-gather" if transport.size > 1 else "copies to the host and back"
+        self.plan = [f"{len(b.flat)} {d} by {how}" for b, d in zip(self.buckets, dtypes, strict=True)]
+        self.about = _in_words(options)
         agree_on(transport, {"buckets": self.plan}, "how gradients are collected")
         resident = round(options.device_fraction * self._count)
         links = [Direct(device)] * resident + [link] * (self._count - resident)
@@ -262,6 +264,20 @@ class ZeroOffload(Strategy):
 
     def _name(self, parameter: nn.Parameter) -> str:
         return next(name for name, p in self.parameters.items() if p is parameter)
+
+
+def _in_words(options: Options) -> str:
+    """Return what a user may want to see of the options before the training."""
+    said = ["optimizer in the host's memory"]
+    if options.device_fraction:
+        said.append(f"but for {options.device_fraction:.0%}")
+    if options.weights is not None:
+        said.append(f"model in {str(options.weights).removeprefix('torch.')}")
+    if options.accumulate == "shard":
+        said.append("accumulating on the shard")
+    if options.delayed_update:
+        said.append("updates delayed by a step")
+    return ", ".join(said)
 
 
 def _nothing() -> None: ...

@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from distloop.host_memory import allocate
+
 
 class Mark:
     """A point in what the device has been given to do. This one has been reached."""
@@ -62,6 +64,8 @@ class Direct(Link):
         self._device = device
 
     def allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
+        if self._device.type == "cpu":
+            return allocate(numel, dtype)
         return torch.empty(numel, dtype=dtype, device=self._device)
 
     def down(self, source: Tensor, to: Tensor) -> Mark:
@@ -104,7 +108,7 @@ class Cuda(Link):
         return context
 
     def allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(numel, dtype=dtype, pin_memory=True)
+        return allocate(numel, dtype, pinned=True)
 
     def down(self, source: Tensor, to: Tensor) -> Mark:
         return self._copy(self._down, source, to, self.mark())
