@@ -249,7 +249,10 @@ class Spy(Transform):
         yield from held
 
     def _zeros(self) -> dict[str, Tensor]:
-        return {f"{self.learner}.{name}": torch.zeros_like(p) for name, p in self.strategy.parameters.items()}
+        parameters = {f"{self.learner}.{name}": p for name, p in self.strategy.parameters.items()}
+        return {
+            n: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for n, p in parameters.items()
+        }
 
     def _place(self, whole: Tensor, segment: Segment, part: Tensor) -> None:
         in_memory = whole.as_strided((whole.numel(),), (1,))
@@ -284,7 +287,7 @@ def trained_by_distloop(transport: Transport, case: Case, plant: Mapping[str, An
     if case.strategy in SHARDED and transport.size > 1:
         for seen in outcome.gradients:
             put_together(transport, seen)
-        for spy in spies:
+        for spy in (spy for spy in spies if spy.seen):
             put_together(transport, spy.seen)
             assert all((count == 1).all() for count in spy.seen.values()), "every element has one owner"
     for name, o in objectives.items():

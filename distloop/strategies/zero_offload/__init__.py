@@ -94,9 +94,9 @@ class ZeroOffload(Strategy):
             return False
         self._begin()
         self._ahead = True
-        self._update = self._traffic.updating(update)
+        self._update = update
         if not self._on_shard:  # there the sum is complete only after the last rank's last micro-batch
-            self._worker.submit(self._update)
+            self._worker.submit(self._traffic.updating(update))
         return True
 
     def backward(self, loss: Tensor, weight: float, *, final: bool) -> None:
@@ -129,15 +129,17 @@ class ZeroOffload(Strategy):
         if not self._ahead:
             self._complete_step()
         if self._delayed:
-            self._traffic.await_arrival(self._count - 1)  # so backward has ended
-            self._traffic.publish_all()
+            if not self._on_shard:
+                self._traffic.keep()  # the next step may arrive before this one is applied
+            self._traffic.publish_all()  # all gradients have arrived, so backward has ended
         yield from self._traffic.arrivals()
 
     def total(self, amount: Tensor) -> Tensor:
         if self.transport.size == 1:
             return amount
         summed = amount.detach().reshape(1).clone().to(self._list[0].device)
-        one_shot(self.transport, summed)  # all buckets have arrived, and no value has left: nothing else is under way
+        self._traffic.await_sent()  # all buckets have arrived, and no value leaves before this: it is alone
+        one_shot(self.transport, summed)
         return summed.reshape(amount.shape).to(amount.device)
 
     def broadcast(self, i: int) -> None:
@@ -149,7 +151,7 @@ class ZeroOffload(Strategy):
         if self._ahead:
             self._complete_step()
             if self._on_shard:
-                self._worker.submit(self._update)
+                self._worker.submit(self._traffic.updating(self._update))
         self._traffic.check()
         self._traffic.open()
         if self._ahead and self._gates is not None:

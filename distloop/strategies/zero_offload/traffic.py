@@ -62,6 +62,8 @@ class Traffic:
         self._changed = threading.Condition()
         self._failure: BaseException | None = None
         self._updates = 0  # that have not ended
+        self._deciding = False
+        self._undecided = 0  # of these, those that have applied nothing yet: they may have to add up a norm
         self._step = 0
         self._staged: list[Tensor] = []
         self._filled: list[Mark] = []
@@ -115,13 +117,15 @@ class Traffic:
         if self._alone:
             self._lane.wait(i)
 
-    def await_arrival(self, i: int) -> None:
-        self._lane.wait(i)
+    def await_sent(self) -> None:
+        """Return when all that could be sent so far has been sent."""
+        self._lane.wait_for_ready()
 
     def arrivals(self) -> Iterator[tuple[int, Sequence[Tensor]]]:
         """Yield the summed gradients of each shard, on the host, as they arrive."""
+        kept, self._kept = self._kept, {}
         for i, bucket in enumerate(self.buckets):
-            gradient = self._kept.pop(i) if i in self._kept else self._arrived(i)
+            gradient = kept.pop(i) if kept else self._arrived(i)
             self._held[i] = gradient
             self._stock.applying(True)
             yield i, bucket.take(gradient)
@@ -140,6 +144,7 @@ class Traffic:
     def applied(self, i: int) -> None:
         """Say that the gradients of bucket ``i`` are needed no more."""
         self._stock.give_back(self._links[i], self._held.pop(i))
+        self._decide()
 
     # -- new values ----------------------------------------------------------------------------------------------
 
@@ -167,9 +172,11 @@ class Traffic:
             self._announce()
 
     def publish_all(self) -> None:
-        """Send all values, those first that forward needs first."""
+        """Send all values, those first that forward needs first; return when they may be changed."""
         for i in reversed(range(self._count)):
             self.publish(i)
+        while self._going_up:
+            self._going_up.popleft().wait()
 
     def open(self) -> None:
         """Say that backward has ended: from now on the model is to have the new values."""
@@ -189,8 +196,10 @@ class Traffic:
         """Return ``update``, a step's, so that those who need its values know when it has ended, and how."""
         with self._changed:
             self._updates += 1
+            self._undecided += 1
 
         def run() -> None:
+            self._deciding = True
             try:
                 update()
                 self._give_back()
@@ -198,6 +207,7 @@ class Traffic:
                 self._fail(failure)
                 raise
             finally:
+                self._decide()
                 with self._changed:
                     self._updates -= 1
                     self._changed.notify_all()
@@ -205,9 +215,12 @@ class Traffic:
         return run
 
     def quiet(self) -> None:
-        """Return when nothing is being sent."""
+        """Return when nothing is being sent, and the model has all values that are on their way."""
+        with self._changed:
+            while self._undecided and self._failure is None:
+                self._changed.wait()
         self.check()
-        self._lane.wait_for_ready()
+        self.await_sent()
         self.need(list(self.pending))
 
     def check(self) -> None:
@@ -290,6 +303,14 @@ class Traffic:
         """Give back what was not applied, because of an overflow."""
         for i in list(self._held):
             self.applied(i)
+
+    def _decide(self) -> None:
+        """Note that the update under way has nothing more to ask the other ranks."""
+        if self._deciding:
+            self._deciding = False
+            with self._changed:
+                self._undecided -= 1
+                self._changed.notify_all()
 
     def _announce(self) -> None:
         """Let go what can go: no new values before all gradients, so that it is the same order on every rank."""
