@@ -8,10 +8,12 @@ An update takes fp32 gradients with a pending clip factor and leaves new values 
     one pass    Optimizer.apply with OnePassAdam
     deepspeed   three passes: gradient.mul_(factor), DeepSpeedCPUAdam.step(), rounded.copy_(values)
     torch       Optimizer.apply with Adam: the fused kernel, which divides, then the cast
-    memory      benchmarks/bytes.c: reads and writes the same bytes and computes nothing; the best of four ways
+    memory      benchmarks/bytes.c: reads and writes the same bytes, turning a bit of each number; the best of four ways
 
 All tensors of these are on huge pages, of the same memory. "as shipped" is DeepSpeed with tensors as torch allocates
-them. "first step" is an update with states that are allocated for it, ours as Group does it, DeepSpeed's as shipped.
+them. "bf16" begins with gradients in bf16, as a model in bf16 has them: ours takes them as they are, DeepSpeed first
+copies them into its gradient in fp32. "first step" is an update with states that are allocated for it, ours as Group
+does it, DeepSpeed's as shipped.
 
 Sides take turns, round after round, backwards in every second, in a process per number of threads. A figure is the
 median of the ratios of neighbouring times, with quartiles. Writes benchmarks/results/cpu_adam.json; ends with 1 if a
@@ -38,7 +40,7 @@ from sections import HEAD, Row, compare
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "cpu_adam.json"
 MILLION = 10**6
-CELLS = [(50 * MILLION, 1, 21), (50 * MILLION, 2, 21), (200 * MILLION, 2, 9)]  # parameters, threads, rounds
+CELLS = [(50 * MILLION, 1, 25), (50 * MILLION, 2, 25), (200 * MILLION, 2, 9)]  # parameters, threads, rounds
 QUICK = [(2 * MILLION, 1, 3)]
 FACTOR = 0.999  # of clipping; near 1, for it is applied to the same gradients again and again
 LR, BETAS, EPS, DECAY = 1e-4, (0.9, 0.999), 1e-8, 0.01
@@ -50,16 +52,17 @@ FIRST_STEPS = 3
 
 
 def tensors(numel: int, allocate: Callable[..., Any]) -> dict[str, Any]:
-    """Return values, gradient and rounded values."""
+    """Return values, gradient in fp32 and in bf16, and rounded values."""
     import torch
 
     made = {"values": allocate(numel, dtype=torch.float32), "gradient": allocate(numel, dtype=torch.float32)}
     for tensor in made.values():
         tensor.copy_(torch.randn(1000).repeat(-(-numel // 1000))[:numel])
+    made["narrow"] = allocate(numel, dtype=torch.bfloat16).copy_(made["gradient"])
     return made | {"rounded": allocate(numel, dtype=torch.bfloat16).fill_(1.0)}
 
 
-def ours(own: dict[str, Any], rule: Any) -> Callable[[], None]:
+def ours(own: dict[str, Any], rule: Any, gradient: str = "gradient") -> Callable[[], None]:
     """Return an update through the optimizer."""
     import torch
     from torch import nn
@@ -72,10 +75,12 @@ def ours(own: dict[str, Any], rule: Any) -> Callable[[], None]:
     segment = Segment("p", parameter, 0, own["values"].numel(), own["values"], own["rounded"])
     optimizer = Optimizer(rule, [[segment]], {"p": DECAY})
     optimizer.lr, divisor = LR, torch.tensor(1.0 / FACTOR)
-    return lambda: optimizer.apply(Collected([own["gradient"]], divisor), optimizer.shards[0])
+    return lambda: optimizer.apply(Collected([own[gradient]], divisor), optimizer.shards[0])
 
 
-def deepspeeds(own: dict[str, Any], states: Callable[..., Any] | None = None) -> Callable[[], None]:
+def deepspeeds(
+    own: dict[str, Any], states: Callable[..., Any] | None = None, *, widen: bool = False
+) -> Callable[[], None]:
     """Return an update as DeepSpeed's ZeRO-Offload does it; its states are its own, or made by ``states``."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
     from torch import nn
@@ -88,6 +93,8 @@ def deepspeeds(own: dict[str, Any], states: Callable[..., Any] | None = None) ->
     parameter.grad = own["gradient"]
 
     def update() -> None:
+        if widen:
+            own["gradient"].copy_(own["narrow"])
         own["gradient"].mul_(FACTOR)
         optimizer.step()
         own["rounded"].copy_(own["values"])
@@ -139,7 +146,8 @@ def cell(numel: int, threads: int, rounds: int) -> dict[str, Any]:
     if rule.unavailable:
         raise SystemExit(f"left out: {rule.unavailable}")
     huge = tensors(numel, allocate)
-    sides = {"one pass": ours(huge, rule), "torch": ours(huge, Adam(BETAS, EPS, decoupled=True))}
+    sides = {"one pass": ours(huge, rule), "one pass, bf16": ours(huge, rule, "narrow")}
+    sides["torch"] = ours(huge, Adam(BETAS, EPS, decoupled=True))
     states, missing = [allocate(numel, torch.float32) for _ in range(2)], ""
     with tempfile.TemporaryDirectory() as folder:
         library = compiled(folder)
@@ -149,6 +157,7 @@ def cell(numel: int, threads: int, rounds: int) -> dict[str, Any]:
         sides["deepspeed"] = deepspeeds(huge, allocate)
         plain = tensors(numel, torch.empty)
         sides["deepspeed, as shipped"] = deepspeeds(plain)
+        sides["deepspeed, as shipped, bf16"] = deepspeeds(plain, widen=True)
     except ImportError:
         missing = 'DeepSpeed\'s sides are left out: it is missing: pip install "distloop[deepspeed]"'
     times: dict[str, list[float]] = {name: [] for name in sides}
@@ -157,8 +166,7 @@ def cell(numel: int, threads: int, rounds: int) -> dict[str, Any]:
             seconds = clock(sides[name])
             if number:  # the first time states are allocated
                 times[name].append(seconds)
-    for side in ("torch", "deepspeed", "deepspeed, as shipped"):
-        sides.pop(side, None)
+    sides.clear()  # and with them their states
     for _ in range(FIRST_STEPS):
         times.setdefault("one pass, first step", []).append(clock(ours(huge, rule)))
         if plain:
@@ -191,6 +199,7 @@ def rows(found: dict[str, Any]) -> list[Row]:
     if not found["missing"]:
         made.append(compare(what, times, "one pass", "deepspeed", 1.4, 1.6))
         made.append(compare(what, times, "one pass", "deepspeed, as shipped", 2.5, 4.0))
+        made.append(compare(what, times, "one pass, bf16", "deepspeed, as shipped, bf16"))
         made.append(compare(what, times, "one pass, first step", "deepspeed, first step"))
     made.append(compare(what, times, "one pass", "torch"))
     return made
