@@ -47,9 +47,9 @@ int pass_over(const float *g, float *p, float *m, float *v, uint16_t *r, int64_t
     for (int64_t i; (i = atomic_fetch_add(next, PIECE)) < numel;) {
         int64_t end = numel - i < PIECE ? numel - i : PIECE;
         __m256i found;
-        if (ahead && stream) found = pass(g + i, p + i, m + i, v + i, r + i, end, 128, 1);
+        if (ahead && stream) found = pass(g + i, p + i, m + i, v + i, r + i, end, 256, 1);
         else if (stream) found = pass(g + i, p + i, m + i, v + i, r + i, end, 0, 1);
-        else if (ahead) found = pass(g + i, p + i, m + i, v + i, r + i, end, 128, 0);
+        else if (ahead) found = pass(g + i, p + i, m + i, v + i, r + i, end, 256, 0);
         else found = pass(g + i, p + i, m + i, v + i, r + i, end, 0, 0);
         all = _mm256_or_si256(all, found);
     }

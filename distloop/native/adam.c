@@ -9,7 +9,7 @@
 #include <string.h>
 
 #define BLOCK 32 /* elements: a cache line of the narrowest dtype */
-#define AHEAD 128 /* elements that are fetched beforehand; the processor's own prefetcher ends with each 4 KiB */
+#define AHEAD 256 /* elements that are fetched beforehand; the processor's own prefetcher ends with each 4 KiB */
 #define PIECE (INT64_C(1) << 17) /* elements that a thread takes at a time */
 #define INLINE static inline __attribute__((always_inline))
 
