@@ -117,9 +117,7 @@ class OnePassAdam(Rule):
         if table is None:
             table = self._tables[group] = _Table(group)
         table.gradients[:] = [g.data_ptr() for g in gradients]
-        counters = group.counters()
-        torch._foreach_add_(counters, 1.0)
-        self._fill(table.constants, counters[0].item(), group.weight_decay, lr, divisor)
+        self._fill(table.constants, group.count()[0].item(), group.weight_decay, lr, divisor)
         kernel, following = native.load("adam").dl_adam, ctypes.c_int64(0)
         constants, dtype = ctypes.byref(table.constants), _DTYPES[dtypes.pop()]
 
@@ -175,9 +173,7 @@ class DeepSpeedAdam(Rule):
     def update(self, group: Group, gradients: list[Tensor], lr: float, divisor: Tensor | None) -> None:
         if group not in self._instances:
             self._instances[group] = self._instance(group.weight_decay)
-        instance, counters = self._instances[group], group.counters()
-        torch._foreach_add_(counters, 1.0)
-        step = int(counters[0].item())
+        instance, step = self._instances[group], int(group.count()[0].item())
         state = zip(group.values, gradients, group.buffers("exp_avg"), group.buffers("exp_avg_sq"), strict=True)
         for tensors in state:
             constants = (instance.opt_id, step, lr, *self.betas, self.eps, group.weight_decay, True)

@@ -7,6 +7,7 @@ import ctypes
 import math
 import mmap
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -59,7 +60,8 @@ class _Stretch:
     """Memory of this process alone, from a multiple of a huge page on."""
 
     def __init__(self, size: int):
-        self._size, self._unmap, self._unpin = size + HUGE, LIBC.munmap, None
+        self._size, self._unmap = size + HUGE, LIBC.munmap
+        self._unpin: Callable[[int], object] | None = None
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         found = LIBC.mmap(None, self._size, mmap.PROT_READ | mmap.PROT_WRITE, private, -1, 0)
         if found == FAILED or found is None:

@@ -35,6 +35,7 @@ class Group:
     weight_decay: float
     state: dict[str, list[Tensor]] = field(default_factory=dict)
     rounded: list[Tensor] = field(default_factory=list)
+    _steps: Tensor | None = None
 
     def buffers(self, name: str) -> list[Tensor]:
         """Return the named state, zero at first, one tensor per segment."""
@@ -45,8 +46,18 @@ class Group:
     def counters(self) -> list[Tensor]:
         """Return the number of updates so far, one scalar per segment, where torch's kernels want to find it."""
         if "step" not in self.state:
-            self.state["step"] = [torch.zeros((), device=v.device) for v in self.values]
+            self._steps = torch.zeros(len(self.values), device=self.values[0].device)
+            self.state["step"] = list(self._steps.unbind())
         return self.state["step"]
+
+    def count(self) -> list[Tensor]:
+        """Count one more update, of all segments at once, and return the counters."""
+        counters = self.counters()
+        if self._steps is None:
+            torch._foreach_add_(counters, 1.0)
+        else:
+            self._steps.add_(1.0)
+        return counters
 
 
 class Rule(ABC):
@@ -102,8 +113,6 @@ class Adam(Rule):
     folds = True
 
     def update(self, group: Group, gradients: list[Tensor], lr: float, divisor: Tensor | None) -> None:
-        counters = group.counters()
-        torch._foreach_add_(counters, 1.0)
         kernel = torch._fused_adamw_ if self.decoupled else torch._fused_adam_
         kernel(
             group.values,
@@ -111,7 +120,7 @@ class Adam(Rule):
             group.buffers("exp_avg"),
             group.buffers("exp_avg_sq"),
             [],
-            counters,
+            group.count(),
             lr=lr,
             beta1=self.betas[0],
             beta2=self.betas[1],

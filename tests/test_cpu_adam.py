@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distloop import host_memory, native, transforms
+from distloop import host_memory, native
 from distloop.cpu_adam import THREAD, Kernel, OnePassAdam, cpu_adam
 from distloop.errors import ConfigError
 from distloop.optimizer import Adam, Group, Optimizer
@@ -113,8 +114,7 @@ def test_bits_do_not_depend_on_how_a_shard_is_cut(monkeypatch: pytest.MonkeyPatc
     cuts = [0, 5, 1000, THREAD + 3, size]
     (values,) = shard([size], BF16)
     parts = [
-        Segment(f"p{a}", values.parameter, a, b, values.values[a:b], values.rounded[a:b])
-        for a, b in zip(cuts, cuts[1:], strict=False)
+        Segment(f"p{a}", values.parameter, a, b, values.values[a:b], values.rounded[a:b]) for a, b in pairwise(cuts)
     ]
     monkeypatch.setattr("distloop.cpu_adam.STREAM", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
@@ -122,7 +122,7 @@ def test_bits_do_not_depend_on_how_a_shard_is_cut(monkeypatch: pytest.MonkeyPatc
     for step in range(2):
         optimizer.lr = 0.01 / (step + 1)
         (whole_gradient,) = gradients([size], step)
-        split = [whole_gradient[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+        split = [whole_gradient[a:b] for a, b in pairwise(cuts)]
         optimizer.apply(Collected(split, torch.tensor(3.7)), optimizer.shards[0])
     assert torch.equal(values.values, expected[0])
     assert torch.equal(values.rounded, expected[3])
@@ -162,7 +162,7 @@ def plain_kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CD
     text = (Path(native.__file__).parent / "adam.c").read_text()
     source.write_text("#define PLAIN\n" + text)
     flags = native.FLAGS
-    native.FLAGS = [flag.replace("-O3", "-O1") for flag in flags]  # which takes a third of the time
+    native.FLAGS = [flag.replace("-O3", "-O0") for flag in flags]  # for the time it takes
     try:
         native._compile(["cc"], source, made)
     finally:
@@ -228,7 +228,6 @@ def test_half_precision_is_divided_in_single() -> None:
     narrow, other = collected.settle()
     assert narrow.dtype == other.dtype == FP32
     assert torch.equal(narrow, torch.tensor([1.0, 3.0]) / 3.0)
-    assert isinstance(transforms.Collected([narrow]).settle(), list)
 
 
 def test_the_choice_of_kernels() -> None:

@@ -9,7 +9,7 @@
 #include <string.h>
 
 #define BLOCK 32 /* elements: a cache line of the narrowest dtype */
-#define AHEAD 128 /* elements that are fetched beforehand; the processor's own prefetcher ends with each 4 KiB */
+#define AHEAD 256 /* elements that are fetched beforehand; the processor's own prefetcher ends with each 4 KiB */
 #define PIECE (INT64_C(1) << 17) /* elements that a thread takes at a time */
 #define INLINE static inline __attribute__((always_inline))
 
@@ -217,8 +217,10 @@ INLINE void fetch(const place *at, int64_t i, int gradients) {
     }
 }
 
-INLINE void stretch(const place *at, int64_t i, int64_t end, const constants *c, int gradients, int rounded,
+INLINE void stretch(const place *where, int64_t i, int64_t end, const constants *given, int gradients, int rounded,
                     int usual) {
+    const place own_place = *where, *at = &own_place; /* copies, which no store can change */
+    const constants own_constants = *given, *c = &own_constants;
     int stream = c->stream && rounded != NONE;
     if (stream) { /* it must begin at a cache line */
         int64_t written = rounded == FP32 ? 4 : 2, past = ((uintptr_t)at->rounded + i * written) % 64;
