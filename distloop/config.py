@@ -79,9 +79,7 @@ class GradientsSection(Section):
 
 
 class PrecisionSection(Section):
-    name: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="of forward and loss (autocast)"
-    )
+    name: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of forward and loss (autocast)")
     loss_scale: PositiveFloat = Field(65536.0, description="fp16: where the loss scale starts")
     growth_interval: Positive = Field(2000, description="fp16: good updates after which it doubles")
     weights: Literal["fp32", "half"] = Field(
@@ -169,7 +167,8 @@ class WorldSection(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where models run (auto: a GPU if there is one)")
     backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="of torch.distributed (auto: nccl on GPUs)")
     transport: Literal["auto", "torch", "sockets", "shared_memory", "mpi"] = Field(
-        "auto", description="of gradients (auto: MPI under mpirun, else shared memory or sockets; ddp, deepspeed: by torch)"
+        "auto",
+        description="of gradients (auto: MPI under mpirun, else shared memory or sockets; ddp, deepspeed: by torch)",
     )
     shared_memory: bool = Field(True, description="whether ranks of one host may share memory")
     timeout: PositiveFloat = Field(300.0, description="seconds after which a missing rank is an error")

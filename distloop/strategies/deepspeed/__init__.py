@@ -128,9 +128,7 @@ class DeepSpeed(Strategy):
             own |= {"loss_scale": self._scale.scale, "good_steps": float(self._scale.good_steps)}
         return own
 
-    def imported(
-        self, state: Iterable[tuple[str, Mapping[str, Tensor]]], counters: Mapping[str, float]
-    ) -> None:
+    def imported(self, state: Iterable[tuple[str, Mapping[str, Tensor]]], counters: Mapping[str, float]) -> None:
         """Go on from what a strategy of any stage, on any number of ranks, has exported; all ranks call it alike."""
         self._updates = int(counters["updates"])
         self._state.write(state, self._updates)
@@ -179,5 +177,9 @@ def _refuse(parameters: Parameters, options: Options) -> None:
 
 
 def _about(options: Options) -> str:
-    offloaded = {"none": "", "optimizer": ", optimizer on the CPU", "parameters": ", optimizer and parameters on the CPU"}
+    offloaded = {
+        "none": "",
+        "optimizer": ", optimizer on the CPU",
+        "parameters": ", optimizer and parameters on the CPU",
+    }
     return f"ZeRO stage {options.stage}{offloaded[options.offload]}"

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import HashStore
 
 from distloop.errors import ConfigError, WorldError
 from distloop.transports import Transport
@@ -94,7 +95,7 @@ class Company:
         if transport.size == 1 and not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # or gloo listens on whatever the host name resolves to
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
             self._own = True
         group = dist.group.WORLD if transport.size == 1 else transport.process_group()
         # Its operation for CPU ranks of one host is compiled on the spot for half a minute; training does not use it.
@@ -122,7 +123,6 @@ class Company:
         if self._own:
             dist.destroy_process_group()
             self._own = False
-
 
     def _say_which(self, device: torch.device) -> None:
         """Tell DeepSpeed, which now and then asks the environment for its device, which one distloop chose."""

@@ -51,9 +51,13 @@ def _of_deepspeed(
     groups: list[dict[str, Any]], recipe: Recipe, options: Options, device: torch.device, constants: dict[str, Any]
 ) -> torch.optim.Optimizer:
     if recipe.optimizer not in ("adam", "adamw"):
-        raise ConfigError(f"strategy.cpu_adam: deepspeed is for adam and adamw, and optimizer.name is {recipe.optimizer}")
+        raise ConfigError(
+            f"strategy.cpu_adam: deepspeed is for adam and adamw, and optimizer.name is {recipe.optimizer}"
+        )
     if device.type != "cpu" and options.offload == "none":
-        raise ConfigError("strategy.cpu_adam: deepspeed is for optimizers on the CPU; set strategy.offload to optimizer")
+        raise ConfigError(
+            "strategy.cpu_adam: deepspeed is for optimizers on the CPU; set strategy.offload to optimizer"
+        )
     from distloop.strategies.deepspeed import extension
 
     return extension.cpu_adam(groups, adamw_mode=recipe.optimizer == "adamw", **constants)

@@ -133,6 +133,11 @@ def check_options(options: Options) -> None:
             f"strategy.offload: parameters can be offloaded under stage 3 alone, where ranks hold parts of them, and "
             f"strategy.stage is {options.stage}"
         )
+    if options.stage == 3 and options.unused_parameters == "zeros":
+        raise ConfigError(
+            "strategy.unused_parameters: under stage 3 of deepspeed every rank's loss must reach every parameter; use "
+            "stage 1 or 2, or freeze those that it never reaches"
+        )
     guest.find()
     for path, reason in (*SET_BY.items(), *FOREIGN.items()):
         if _given(options.deepspeed, path):
@@ -177,6 +182,9 @@ class _Watched(dict[str, Any]):
         copied = _Watched({}, self.seen)
         dict.update(copied, self)
         return copied
+
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()  # written out so that f(**mapping) asks for every key, and not for the dict below
 
     def __contains__(self, key: object) -> bool:
         self.seen.add(str(key))
@@ -225,13 +233,16 @@ def _fields(title: str, path: list[str]) -> list[str]:
     base: Any = guest.load(None).runtime.config_utils.DeepSpeedConfigModel
     model: Any = next((kind for kind in _descendants(base) if kind.__name__ == title), None)
     for part in path:
-        field = None if model is None else next((f for n, f in model.model_fields.items() if part in (n, f.alias)), None)
+        field = (
+            None if model is None else next((f for n, f in model.model_fields.items() if part in (n, f.alias)), None)
+        )
         kinds = [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
         model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
     return [] if model is None else [field.alias or name for name, field in model.model_fields.items()]
 
 
-def _descendants(kind: type) -> Iterator[type]:
-    for child in kind.__subclasses__():
+def _descendants(kind: type[Any]) -> Iterator[type[Any]]:
+    children: list[type[Any]] = kind.__subclasses__()
+    for child in children:
         yield child
         yield from _descendants(child)
