@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import HashStore
 
 from distloop.errors import ConfigError, WorldError
 from distloop.transports import Transport
@@ -95,7 +94,8 @@ class Company:
         if transport.size == 1 and not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # or gloo listens on whatever the host name resolves to
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()  # type: ignore[attr-defined]  # not among what torch says it exports
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
             self._own = True
         group = dist.group.WORLD if transport.size == 1 else transport.process_group()
         # Its operation for CPU ranks of one host is compiled on the spot for half a minute; training does not use it.

@@ -58,7 +58,7 @@ class State:
 
     @torch.no_grad()
     def begin(self, values: Mapping[str, Tensor]) -> None:
-        """Let the optimizer start from ``values``, in fp32; by itself it starts from what half precision left of them."""
+        """Let the optimizer start from ``values``, in fp32; by itself it would start from their half precision."""
         for name, tensor in values.items():
             self._write(self._parameters[name], tensor, None)
 
