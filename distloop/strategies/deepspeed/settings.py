@@ -180,7 +180,8 @@ class _Watched(dict[str, Any]):
 
     def __copy__(self) -> _Watched:
         copied = _Watched({}, self.seen)
-        dict.update(copied, self)
+        for key, value in self.items():
+            copied[key] = value
         return copied
 
     def __iter__(self) -> Iterator[str]:
