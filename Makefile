@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help train test test-fast test-chaos test-mpich lint format docs bench bench-all-reduce bench-overlap collectives parity kinds gallery clean
+.PHONY: help train test test-fast test-chaos test-mpich test-deepspeed lint format docs bench bench-all-reduce bench-overlap collectives parity kinds gallery clean
 
 help:
 	@echo "make train      train $(CONFIG) on $(RANKS) ranks (CONFIG=..., RANKS=... to change)"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-fast  the tests that take seconds"
 	@echo "make test-chaos more ways of killing ranks"
 	@echo "make test-mpich the tests over MPI with MPICH too (Open MPI is there)"
+	@echo "make test-deepspeed  the tests that have DeepSpeed compile its Adam for the CPU"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       configuration.md, kinds.md, collectives.md in docs/, again from schema, code and figures"
 	@echo "make parity     docs/parity.md: every strategy on every transport against plain PyTorch"
@@ -29,16 +30,19 @@ train: $(VENV)/.train
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(RANKS) -m distloop train $(CONFIG) --world.device cpu
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not chaos"
+	$(BIN)/python -m pytest -m "not chaos and not compiles"
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow and not chaos"
+	$(BIN)/python -m pytest -m "not slow and not chaos and not compiles"
 
 test-chaos: $(VENV)/.dev
 	$(BIN)/python -m pytest -m chaos
 
 test-mpich: $(VENV)/.dev .mpich/bin/mpiexec
 	$(BIN)/python -m pytest tests/test_mpi.py
+
+test-deepspeed: $(VENV)/.dev
+	$(BIN)/python -m pytest -m compiles
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -46,7 +46,7 @@ def document() -> str:
 def kind(annotation: Any) -> str:
     """Return a type as people write it."""
     if typing.get_origin(annotation) is typing.Literal:
-        return ", ".join(typing.get_args(annotation))
+        return ", ".join(map(str, typing.get_args(annotation)))
     arguments = typing.get_args(annotation)
     if type(None) in arguments:
         return " or ".join([*(kind(a) for a in arguments if a is not type(None)), "null"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -97,6 +98,15 @@ def in_single_precision(cases: list[Case]) -> list[Case]:
     return [replace(case, dtype=torch.float32) for case in fit]
 
 
+def by_stages(cases: list[Case]) -> list[Case]:
+    """Return cases of DeepSpeed, which computes in single precision, under each stage that can do them."""
+    return [
+        replace(case, options={"stage": stage, "offload": "optimizer" if (i + stage) % 3 == 0 else "none"})
+        for i, case in enumerate(in_single_precision(cases))
+        for stage in ((1, 2, 3) if case.task in ("classifier", "tokens") else (1, 2))
+    ]
+
+
 def assert_parity(size: int, grids: list[Case], outcomes: list[list]) -> None:  # type: ignore[type-arg]
     for i, case in enumerate(grids):
         expected = trained_plainly(case)
@@ -133,6 +143,16 @@ def test_parity_in_processes(strategy: str, over: str, size: int) -> None:
     cases = thinned(grid(strategy, size), strategy)
     cases += in_single_precision(cases[::4])
     assert_parity(size, cases, in_processes(size, run_cases, cases, over=over))
+
+
+@pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason='deepspeed is not installed: pip install "distloop[deepspeed]"'
+)
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_parity_of_deepspeed(size: int) -> None:
+    cases = by_stages(grid("deepspeed", size))[size % 3 :: 3]
+    assert {case.options["stage"] for case in cases} == {1, 2, 3}
+    assert_parity(size, cases, in_processes(size, run_cases, cases))
 
 
 @pytest.mark.parametrize("strategy", OVERLAPPING)

@@ -7,7 +7,7 @@ when the last of a step comes. What DeepSpeed is told is in ``settings``, how it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -18,6 +18,7 @@ from distloop.messages import agree_on
 from distloop.strategies.base import Options, Parameters, Recipe, Shard, Strategy
 from distloop.strategies.deepspeed import guest, optimizers, settings
 from distloop.strategies.deepspeed.partitioned import Partitioned
+from distloop.strategies.deepspeed.state import State
 from distloop.strategies.scale import DynamicScale
 from distloop.transports import Transport
 
@@ -49,7 +50,7 @@ class DeepSpeed(Strategy):
     def __init__(self, parameters: Parameters, transport: Transport, options: Options, recipe: Recipe):
         _refuse(parameters, options)
         device = next(iter(parameters.values())).device
-        self._module = guest.load(device)
+        self._module = guest.load(device, options.weights)
         super().__init__(parameters, transport)
         self.shards: Sequence[Shard] = []
         self._recipe = recipe
@@ -59,16 +60,22 @@ class DeepSpeed(Strategy):
         agree_on(transport, {"version of DeepSpeed": self._module.__version__}, "how gradients are collected")
         optimizer = optimizers.make(parameters, recipe, options, device)
         guest.company.join(self._module, transport, device)
+        first = {} if options.weights is None else {n: p.detach().clone() for n, p in parameters.items()}
         with guest.silence():
             self._engine = self._module.initialize(
                 model=_LossIdentity(recipe.model), optimizer=optimizer, config=config, dist_init_required=False
             )[0]
         self._zero = self._engine.optimizer
+        self._state = State(self._module, self._engine, parameters, recipe)
+        self._state.begin(first)
         self._scale = None if recipe.loss_scale is None else DynamicScale(recipe.loss_scale, recipe.growth_interval)
         self._rescale()
         self._together = hasattr(self._zero, "_coalesce_grad_reduction") and not self.in_step
         self._parts = Partitioned(self._module, self._engine, recipe.model) if options.stage == 3 else None
         self._reduction: AbstractContextManager[None] | None = None
+        if self._together and options.weights is not None:
+            self._zero.use_grad_accum_attribute = True  # add micro-batches in fp32, as stage 1 does by itself
+        self._updates = 0
         self._fills = options.unused_parameters == "zeros"
         self.about = _about(options)
 
@@ -103,8 +110,31 @@ class DeepSpeed(Strategy):
             self._rescale()
         elif self.overflowed:
             raise NonFiniteError("gradients became infinite or NaN; a smaller optimizer.lr may help", everywhere=True)
+        self._updates += not self.overflowed
         if self._recipe.clip_norm is not None and not self.overflowed:
             self.gradient_norm = torch.as_tensor(math.nan if norm is None else norm)
+
+    def exported(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Yield each parameter's name, values in fp32 and optimizer state, whole on every rank, one at a time.
+
+        All ranks must take all of them, between two steps.
+        """
+        return self._state.read()
+
+    def counters(self) -> dict[str, float]:
+        """Return what goes with :meth:`exported` and belongs to no parameter."""
+        own = {"updates": float(self._updates)}
+        if self._scale is not None:
+            own |= {"loss_scale": self._scale.scale, "good_steps": float(self._scale.good_steps)}
+        return own
+
+    def imported(self, state: Iterable[tuple[str, Mapping[str, Tensor]]], counters: Mapping[str, float]) -> None:
+        """Go on from what a strategy of any stage, on any number of ranks, has exported; all ranks call it alike."""
+        self._updates = int(counters["updates"])
+        self._state.write(state, self._updates)
+        if self._scale is not None and "loss_scale" in counters:
+            self._scale.scale, self._scale.good_steps = counters["loss_scale"], int(counters["good_steps"])
+            self._rescale()
 
     def whole(self) -> AbstractContextManager[None]:
         return nullcontext() if self._parts is None else self._parts.whole()

@@ -30,8 +30,8 @@ def find() -> None:
         raise ConfigError(f"strategy.name: deepspeed is not installed here: {INSTALL}")
 
 
-def load(device: torch.device | None) -> Any:
-    """Return the module ``deepspeed`` for models on ``device`` (None: nothing will be computed).
+def load(device: torch.device | None, half: torch.dtype | None = None) -> Any:
+    """Return the module ``deepspeed`` for models on ``device`` (None: nothing will be computed), with weights ``half``.
 
     Raises:
         ConfigError: it is not installed, or breaks.
@@ -46,6 +46,7 @@ def load(device: torch.device | None) -> Any:
         with silence():
             import deepspeed
             import deepspeed.ops.adam
+            import deepspeed.ops.op_builder
             import deepspeed.runtime.config_utils
     except (ImportError, RuntimeError, OSError) as failure:
         raise ConfigError(
@@ -58,6 +59,9 @@ def load(device: torch.device | None) -> Any:
             f"strategy.name: deepspeed works on {found} in this process and models are on {device.type}: set "
             f"DS_ACCELERATOR={device.type} in the environment, and import deepspeed no earlier than distloop does"
         )
+    if half is torch.float16 and device is not None and device.type == "cpu":
+        # It asks for instructions that few processors have; torch computes without them, if slowly.
+        deepspeed.get_accelerator().is_fp16_supported = lambda: True
     return deepspeed
 
 
@@ -90,7 +94,8 @@ class Company:
         if transport.size == 1 and not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # or gloo listens on whatever the host name resolves to
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()  # type: ignore[attr-defined]  # not among what torch says it exports
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
             self._own = True
         group = dist.group.WORLD if transport.size == 1 else transport.process_group()
         # Its operation for CPU ranks of one host is compiled on the spot for half a minute; training does not use it.

@@ -47,7 +47,7 @@ class Partitioned:
             parameter.data = whole
         for module in self._model.modules():
             if hasattr(module, "_original_parameters"):
-                module._parameters = module._original_parameters
+                vars(module)["_parameters"] = module._original_parameters
                 del module._original_parameters
 
     def _release_hooks(self) -> None:

@@ -133,6 +133,11 @@ def check_options(options: Options) -> None:
             f"strategy.offload: parameters can be offloaded under stage 3 alone, where ranks hold parts of them, and "
             f"strategy.stage is {options.stage}"
         )
+    if options.stage == 3 and options.unused_parameters == "zeros":
+        raise ConfigError(
+            "strategy.unused_parameters: under stage 3 of deepspeed every rank's loss must reach every parameter; use "
+            "stage 1 or 2, or freeze those that it never reaches"
+        )
     guest.find()
     for path, reason in (*SET_BY.items(), *FOREIGN.items()):
         if _given(options.deepspeed, path):
@@ -175,8 +180,12 @@ class _Watched(dict[str, Any]):
 
     def __copy__(self) -> _Watched:
         copied = _Watched({}, self.seen)
-        dict.update(copied, self)
+        for key, value in self.items():
+            copied[key] = value
         return copied
+
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()  # written out so that f(**mapping) asks for every key, and not for the dict below
 
     def __contains__(self, key: object) -> bool:
         self.seen.add(str(key))
@@ -233,7 +242,8 @@ def _fields(title: str, path: list[str]) -> list[str]:
     return [] if model is None else [field.alias or name for name, field in model.model_fields.items()]
 
 
-def _descendants(kind: type) -> Iterator[type]:
-    for child in kind.__subclasses__():
+def _descendants(kind: type[Any]) -> Iterator[type[Any]]:
+    children: list[type[Any]] = kind.__subclasses__()
+    for child in children:
         yield child
         yield from _descendants(child)
