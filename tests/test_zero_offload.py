@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +17,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distloop import optimizer as optimizers
+from distloop.build.method import Method
 from distloop.collectives.sharded import all_gather, reduce_scatter, unit
 from distloop.data import Plan, permutation
 from distloop.errors import ConfigError, RankDiedError
 from distloop.learner import Learner
 from distloop.schedules import Constant
+from distloop.settings import from_arguments, resolve
 from distloop.strategies import Options, Parameters, Strategy
 from distloop.strategies.zero_offload import ZeroOffload
 from distloop.strategies.zero_offload.gates import Gates
@@ -36,7 +40,7 @@ from tests.parity import (
     trained_by_distloop,
     trained_plainly,
 )
-from tests.ranks import in_processes, in_threads
+from tests.ranks import in_processes, in_threads, run_command
 from tests.slow_link import SlowLink
 
 CASES = [
@@ -292,6 +296,12 @@ def test_parameters_used_outside_their_modules_from_some_step_on_are_refused() -
         fitted(Bare(), SlowLink(seconds=0.01))
 
 
+def test_bf16_on_the_wire_is_rounded_once_per_rank() -> None:
+    case = Case(strategy="zero_offload", dtype=torch.float32, options={"wire_dtype": "bf16"}, micro_batch_size=3)
+    for outcome in in_threads(2, trained_by_distloop, case):
+        assert 1e-5 < difference(outcome, trained_plainly(case)) < 2**-8
+
+
 # -- what goes wrong -------------------------------------------------------------------------------------------------
 
 
@@ -305,6 +315,48 @@ def test_gradients_that_a_user_clears_between_micro_batches_are_missed() -> None
     with pytest.raises(ConfigError, match=r"'layers\.\d\.(weight|bias)' was lost between two micro-batches"):
         learner.gradients(learner.loss(learner.guess(micro), learner.targets(micro)), micro)
     learner.strategy.close()
+
+
+def test_parameters_that_are_given_other_memory_are_missed() -> None:
+    learner = learner_of(Fit(), None)
+    turn(learner, batches(1)[0])
+    weight = learner.objective.model.layers[0].weight
+    weight.data = weight.data.clone()
+    with pytest.raises(ConfigError, match=r"parameter 'layers\.0\.weight' no longer lies in its bucket"):
+        turn(learner, batches(1)[0])
+    learner.strategy.close()
+
+
+WORKING = "sgd, rmsprop, adam, adamw work, torch.optim:CLASS"
+
+
+@pytest.mark.parametrize("strategy", ["zero_offload", "deepspeed"])
+def test_optimizers_that_need_whole_parameters_are_refused(strategy: str) -> None:
+    for name, refused in [("torch.optim:Adafactor", True), ("torch.optim:Muon", True), ("torch.optim:NAdam", False)]:
+        resolved = resolve(from_arguments(["--strategy.name", strategy, "--optimizer.name", name]))
+        method = Method(resolved)
+        if not refused:
+            method.refuse_whole_parameters(strategy)
+            continue
+        kind = name.partition(":")[2]
+        with pytest.raises(ConfigError, match=f"cuts of parameters, and {kind} may need all of one; {WORKING}"):
+            method.refuse_whole_parameters(strategy)
+
+
+def test_any_element_wise_optimizer_works(tmp_path: Path) -> None:
+    losses = {}
+    for strategy in ("ddp", "zero_offload"):
+        result = run_command(
+            *["train", "digits", "--train.max_steps", "12", "--optimizer.name", "torch.optim:NAdam"],
+            *["--strategy.name", strategy, "--log.name", strategy, "--world.device", "cpu"],
+            folder=tmp_path,
+            ranks=2,
+        )
+        assert [rank.code for rank in result] == [0, 0], result
+        if strategy == "zero_offload":
+            assert "zero_offload, optimizer in the host's memory, 1 bucket by reduce-scatter" in result[0].out
+        losses[strategy] = json.loads((tmp_path / "runs" / strategy / "result.json").read_text())["metrics"]["loss"]
+    assert losses["ddp"] == pytest.approx(losses["zero_offload"], rel=1e-5)
 
 
 def test_a_failing_update_ends_the_training_with_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:

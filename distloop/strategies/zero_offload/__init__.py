@@ -77,9 +77,11 @@ class ZeroOffload(Strategy):
         self._sums: dict[nn.Parameter, Tensor] = {}  # of earlier micro-batches, where the model is in half precision
         self._touched: set[nn.Parameter] = set()  # parameters that have a gradient of an earlier micro-batch
         self._places: dict[nn.Parameter, list[int]] = {}
+        self._addresses: dict[nn.Parameter, int] = {}
         for i, bucket in enumerate(self.buckets):
             for member in bucket.members:
                 self._places.setdefault(member.parameter, []).append(i)
+                self._addresses[member.parameter] = member.home.data_ptr()
         self._hooks = [p.register_post_accumulate_grad_hook(self._completed) for p in self._places]
 
     def watch(self, model: nn.Module) -> None:
@@ -191,6 +193,12 @@ class ZeroOffload(Strategy):
 
     def _begin(self) -> None:
         """Begin to send: nothing of an earlier step or of another learner is under way any more."""
+        for parameter, address in self._addresses.items():
+            if parameter.data_ptr() != address:
+                raise ConfigError(
+                    f"parameter {self._name(parameter)!r} no longer lies in its bucket: something gave it other memory "
+                    "(model.to(...), parameter.data = ...); copy into it instead, or do that before the training"
+                )
         transport, self._stale = self.transport, frozenset(self._traffic.pending)
         if transport.busy is not None and transport.busy != self._traffic.quiet:
             transport.busy()
