@@ -131,8 +131,9 @@ class Company:
 
     def _say_which(self, device: torch.device) -> None:
         """Tell DeepSpeed, which now and then asks the environment for its device, which one distloop chose."""
-        number = os.environ.get("LOCAL_RANK", "0") if device.index is None else str(device.index)
         names = {"LOCAL_RANK"} | ({"OMPI_COMM_WORLD_LOCAL_RANK"} & set(os.environ))
+        said = next((os.environ[name] for name in sorted(names) if name in os.environ), "0")
+        number = said if device.index is None else str(device.index)
         self._before = {name: os.environ.get(name) for name in names}
         os.environ |= dict.fromkeys(names, number)
 
