@@ -16,7 +16,7 @@ help:
 	@echo "make test-mpich the tests over MPI with MPICH too (Open MPI is there)"
 	@echo "make test-deepspeed  the tests that have DeepSpeed compile its Adam for the CPU"
 	@echo "make lint       ruff and mypy"
-	@echo "make docs       configuration.md, kinds.md, collectives.md in docs/, again from schema, code and figures"
+	@echo "make docs       configuration.md, kinds.md, collectives.md, zero.md in docs/, again from schema, code and figures"
 	@echo "make parity     docs/parity.md: every strategy on every transport against plain PyTorch"
 	@echo "make bench      benchmarks/loop_overhead.py"
 	@echo "make bench-all-reduce  benchmarks/all_reduce.py: every all-reduce against gloo's and MPI's; as root for all of it"
@@ -56,7 +56,7 @@ format: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python docs/configuration.py
 	$(BIN)/python docs/kinds.py
-	$(BIN)/python docs/collectives.py
+	$(BIN)/python docs/figures.py
 
 parity: $(VENV)/.dev
 	$(BIN)/python docs/parity.py
