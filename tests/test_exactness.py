@@ -150,7 +150,7 @@ def test_parity_in_processes(strategy: str, over: str, size: int) -> None:
 )
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_parity_of_deepspeed(size: int) -> None:
-    cases = by_stages(grid("deepspeed", size))[size::4] if size < 3 else by_stages(grid("deepspeed", size))[size::7]
+    cases = by_stages(grid("deepspeed", size))[size :: 4 if size == 2 else 10]  # all of them are in docs/parity.py
     assert {case.options["stage"] for case in cases} == {1, 2, 3}
     assert_parity(size, cases, in_processes(size, run_cases, cases))
 
