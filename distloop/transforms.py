@@ -1,11 +1,14 @@
 """What happens to gradients between collecting and applying: loss-scale check, clipping.
 
 Each transform takes a stream of ``(i, Collected)`` and gives one. Clipping by value lets it flow, so shard 0 is applied
-while shard 5 is still on the wire; a norm must drain it first; an overflow ends it.
+while shard 5 is still on the wire; a norm is added up shard by shard as they come, and must drain it before the first
+goes on; an overflow ends it.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distloop import native
 from distloop.strategies.scale import DynamicScale
 
 
@@ -67,8 +71,7 @@ class ClipByNorm(Transform):
         self.norm: Tensor | None = None
 
     def __call__(self, stream: Stream, total: Total) -> Stream:
-        held = list(stream)
-        norm = _norm(held, total)  # also of a rank that owns nothing: the others count on its part
+        held, norm = _measured(stream, total)  # also of a rank that owns nothing: the others count on its part
         factor = ((norm + 1e-6) / self.max_norm).clamp(min=1.0)
         if held:
             self.norm = norm
@@ -100,9 +103,9 @@ class LossScale(DynamicScale, Transform):
     """
 
     def __call__(self, stream: Stream, total: Total) -> Stream:
-        held, scale = list(stream), self.scale
+        scale = self.scale
         # inf and NaN survive the sum of squares. Reading it waits for the device: the price of deciding first.
-        norm = _norm(held, total)
+        held, norm = _measured(stream, total)
         self.adjust(overflowed=not math.isfinite(norm.item()))
         if self.overflowed:
             return
@@ -115,10 +118,48 @@ def _last_first(held: list[tuple[int, Collected]]) -> list[tuple[int, Collected]
     return sorted(held, key=lambda item: item[0], reverse=True)
 
 
-def _norm(held: Sequence[tuple[int, Collected]], total: Total) -> Tensor:
-    """Return the L2 norm over all shards, pending division included, as a scalar without device synchronisation."""
-    gradients = [g.float() if g.dtype.itemsize < 4 else g for _, collected in held for g in collected.gradients]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    norm = total(norm.double().square()).sqrt().to(norm.dtype)  # the square of a float's norm may be too large for one
+def _measured(stream: Stream, total: Total) -> tuple[list[tuple[int, Collected]], Tensor]:
+    """Drain ``stream``; return what it gave, and the L2 norm over all shards, pending division included.
+
+    Each shard is measured as it comes, beside those that are still on their way. The parts are added in the shards'
+    order, not in that of their arrival, so that a step gives the same bits whoever is late. The norm is a scalar,
+    without device synchronisation.
+    """
+    held, squares = [], {}
+    for i, collected in stream:
+        held.append((i, collected))
+        if collected.gradients:
+            squares[i] = _square(collected.gradients)
+    dtype = max((g.dtype for _, c in held for g in c.gradients), key=lambda d: d.itemsize, default=torch.float32)
+    own = [squares[i].to(squares[min(squares)].device) for i in sorted(squares)]
+    norm = total(torch.stack(own).sum() if own else torch.zeros((), dtype=torch.float64)).sqrt()
+    norm = norm.to(dtype if dtype.itemsize >= 4 else torch.float32)
     divisor = held[0][1].divisor if held else None
-    return norm if divisor is None else norm / divisor
+    return held, norm if divisor is None else norm / divisor
+
+
+def _square(gradients: Sequence[Tensor]) -> Tensor:
+    """Return the square of the L2 norm, in double precision: that of a float's norm may be too large for a float."""
+    squares = []
+    full = [g for g in gradients if g.dtype.itemsize >= 4]
+    if full:
+        squares.append(torch.nn.utils.get_total_norm(full).double().square())
+    half = [g for g in gradients if g.dtype.itemsize < 4]
+    library = _library() if all(g.dtype == torch.bfloat16 and g.device.type == "cpu" for g in half) else None
+    if library is not None and all(g.is_contiguous() for g in half):
+        rows = [library.dl_squares(ctypes.c_void_p(g.data_ptr()), ctypes.c_int64(g.numel())) for g in half]
+        squares.append(torch.tensor(math.fsum(rows), dtype=torch.float64))
+    elif half:
+        squares += [norm.double().square() for norm in torch._foreach_norm(half, 2, dtype=torch.float32)]
+    return torch.stack(squares).sum() if len(squares) > 1 else squares[0]
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """Return what adds squares up in bf16 without widening the row in memory, where it can be had."""
+    try:
+        library = native.load("norm")
+    except native.UnavailableError:
+        return None
+    library.dl_squares.restype = ctypes.c_double
+    return library

@@ -20,6 +20,10 @@ class Mark:
     def follow(self) -> None:
         """Let what the caller gives the device from now on begin after it."""
 
+    def reached(self) -> bool:
+        """Return whether the device has come to it, as far as is known without waiting."""
+        return True
+
 
 REACHED = Mark()
 
@@ -86,6 +90,9 @@ class _Event(Mark):
 
     def follow(self) -> None:
         torch.cuda.current_stream().wait_event(self._event)
+
+    def reached(self) -> bool:
+        return bool(self._event.query())
 
 
 class Cuda(Link):

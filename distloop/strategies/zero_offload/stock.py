@@ -15,9 +15,14 @@ class Stock:
 
     There are as many as have been in use at once: few, where shards are applied as they arrive; one for each, where
     all must have arrived before the first is applied, as for clipping by the global norm.
+
+    Args:
+        spare: bytes up to which gradients that arrive faster than they are applied get a buffer at once, so that
+            backward need not wait; beyond that they wait for one to be given back.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, spare: int) -> None:
+        self._spare, self._allocated = spare, 0
         self._changed = threading.Condition()
         self._free: dict[tuple[Link, torch.dtype, int], list[Tensor]] = {}
         self._applying = self._failed = False
@@ -26,10 +31,11 @@ class Stock:
         """Return a buffer, an old one if one is free or soon will be."""
         free = self._free.setdefault((link, dtype, numel), [])
         with self._changed:
-            while not free and self._applying:
+            while not free and self._applying and self._allocated + numel * dtype.itemsize > self._spare:
                 self._changed.wait()
             if free:
                 return free.pop()
+            self._allocated += numel * dtype.itemsize
         return link.allocate(numel, dtype)
 
     def give_back(self, link: Link, buffer: Tensor) -> None:

@@ -19,6 +19,9 @@ from distloop.strategies.zero_offload.values import IN_FLIGHT, Values, exact
 from distloop.transports import Transport
 
 
+SPARE = 0.5  # bytes per parameter of gradients on the host that wait while others are applied
+
+
 class Traffic:
     """Everything that travels, in one order that is the same on every rank: all gradients, then all new values.
 
@@ -49,7 +52,7 @@ class Traffic:
         for dtype in dict.fromkeys(self._wire) if not self._alone else ():
             device = buckets[0].flat.device
             self._pool[dtype] = [transport.allocate(self._longest, dtype, device) for _ in range(IN_FLIGHT)]
-        self._stock = Stock()
+        self._stock = Stock(int(SPARE * sum(len(bucket.own) for bucket in buckets)))
         self._lane = Lane(self._do, threaded=transport.overlaps and not self._alone)
         self._changed = threading.Condition()
         self._failure: BaseException | None = None
@@ -62,9 +65,11 @@ class Traffic:
         self._brought: list[tuple[Tensor, Mark]] = []
         self._held: dict[int, Tensor] = {}
         self._kept: dict[int, Tensor] = {}
-        self._order: list[int] = []  # of new values
-        self._up: dict[int, Mark] = {}  # those that are on the device
+        self._order: list[int] = []  # of new values between ranks: as forward needs them, so the same on all
+        self._early: set[int] = set()  # those whose turn has not come
+        self._up: dict[int, Mark] = {}  # those that are on the device, or will be
         self._going_up: deque[Mark] = deque()
+        self._slot_free = [REACHED] * IN_FLIGHT
         self._published: dict[int, Mark] = {}
         self.pending: set[int] = set()  # buckets whose new values the model has not been seen to have
 
@@ -74,6 +79,7 @@ class Traffic:
         with self._changed:
             self._staged, self._filled, self._brought = [], [], []
             self._order.clear()
+            self._early.clear()
             self._published.clear()
             self._step += 1
             self._lane.start()
@@ -112,13 +118,22 @@ class Traffic:
         self._lane.wait_for_ready()
 
     def arrivals(self) -> Iterator[tuple[int, Sequence[Tensor]]]:
-        """Yield the summed gradients of each shard, on the host, as they arrive."""
+        """Yield the summed gradients of each shard, on the host, as they arrive.
+
+        Of those that are there, the last one first: forward needs its values first, and those before have until then.
+        """
         kept, self._kept = self._kept, {}
-        for i, bucket in enumerate(self.buckets):
-            gradient = kept.pop(i) if kept else self._arrived(i)
-            self._held[i] = gradient
+        there: list[int] = []
+        arrived = 0
+        for _ in self.buckets:
+            while arrived < self._count and (not there or kept or self._has_arrived(arrived)):
+                self._held[arrived] = kept.pop(arrived) if kept else self._arrived(arrived)
+                there.append(arrived)
+                arrived += 1
+            i = there.pop()
+            self._slot_free[i % IN_FLIGHT].wait()
             self._stock.applying(True)
-            yield i, bucket.take(gradient)
+            yield i, self.buckets[i].take(self._held[i])
             self._stock.applying(False)
 
     def keep(self) -> None:
@@ -140,6 +155,7 @@ class Traffic:
         """Send the new values of shard ``i`` to the device and to all ranks."""
         source = self._values.going_up(i)
         mark = REACHED if source is None else self._links[i].up(source, self.buckets[i].own)
+        self._slot_free[i % IN_FLIGHT] = mark
         self._going_up.append(mark)
         if len(self._going_up) >= IN_FLIGHT:
             self._going_up.popleft().wait()  # what the next bucket is rounded into is free then
@@ -149,7 +165,10 @@ class Traffic:
         with self._changed:
             self._published.pop(i, None)
             self._up[i] = mark
-            self._order.append(i)
+            self._early.add(i)
+            while (following := self._count - 1 - len(self._order) % self._count) in self._early:
+                self._early.remove(following)
+                self._order.append(following)
             self._announce()
 
     def publish_all(self) -> None:
@@ -262,6 +281,9 @@ class Traffic:
         mark.wait()
         return gradient
 
+    def _has_arrived(self, i: int) -> bool:
+        return i < len(self._brought) and self._brought[i][1].reached()
+
     def _arrive(self, i: int, mark: Mark) -> None:
         with self._changed:
             self._published[i] = mark
@@ -269,7 +291,7 @@ class Traffic:
 
     def _await_values(self, i: int) -> None:
         with self._changed:
-            while i not in self._published and (self._updates or i in self._order):
+            while i not in self._published and (self._updates or i in self._order or i in self._early):
                 self.check()
                 self._changed.wait()
             mark = self._published.get(i, REACHED)  # else an overflow has ended the update before it

@@ -1,0 +1,1 @@
+"""What benchmarks/offload.py measures, part by part."""
