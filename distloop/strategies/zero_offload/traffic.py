@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 
@@ -14,10 +13,10 @@ from distloop.errors import ConfigError, DistloopError
 from distloop.strategies.lane import Lane
 from distloop.strategies.zero_offload.flat import Bucket
 from distloop.strategies.zero_offload.links import REACHED, Link, Mark
+from distloop.strategies.zero_offload.progress import Progress
 from distloop.strategies.zero_offload.stock import Stock
 from distloop.strategies.zero_offload.values import IN_FLIGHT, Values, exact
 from distloop.transports import Transport
-
 
 SPARE = 0.5  # bytes per parameter of gradients on the host that wait while others are applied
 
@@ -54,11 +53,8 @@ class Traffic:
             self._pool[dtype] = [transport.allocate(self._longest, dtype, device) for _ in range(IN_FLIGHT)]
         self._stock = Stock(int(SPARE * sum(len(bucket.own) for bucket in buckets)))
         self._lane = Lane(self._do, threaded=transport.overlaps and not self._alone)
-        self._changed = threading.Condition()
-        self._failure: BaseException | None = None
-        self._updates = 0  # that have not ended
-        self._deciding = False
-        self._undecided = 0  # of these, those that have applied nothing yet: they may have to add up a norm
+        self._progress = Progress()
+        self._changed = self._progress.changed
         self._step = 0
         self._staged: list[Tensor] = []
         self._filled: list[Mark] = []
@@ -149,7 +145,7 @@ class Traffic:
     def applied(self, i: int) -> None:
         """Say that the gradients of bucket ``i`` are needed no more."""
         self._stock.give_back(self._links[i], self._held.pop(i))
-        self._decide()
+        self._progress.decide()
 
     def publish(self, i: int) -> None:
         """Send the new values of shard ``i`` to the device and to all ranks."""
@@ -192,47 +188,27 @@ class Traffic:
 
     def updating(self, update: Callable[[], None]) -> Callable[[], None]:
         """Return ``update``, a step's, so that those who need its values know when it has ended, and how."""
-        with self._changed:
-            self._updates += 1
-            self._undecided += 1
 
         def run() -> None:
-            self._deciding = True
-            try:
-                update()
-                self._give_back()
-            except BaseException as failure:
-                self._fail(failure)
-                raise
-            finally:
-                self._decide()
-                with self._changed:
-                    self._updates -= 1
-                    self._changed.notify_all()
+            update()
+            self._give_back()
 
-        return run
+        return self._progress.updating(run)
 
     def quiet(self) -> None:
         """Return when nothing is being sent, and the model has all values that are on their way."""
-        with self._changed:
-            while self._undecided and self._failure is None:
-                self._changed.wait()
-        self.check()
+        self._progress.await_decisions()
         self.await_sent()
         self.need(list(self.pending))
 
     def check(self) -> None:
         """Raise what went wrong in another thread."""
-        if self._failure is not None:
-            raise self._failure
+        self._progress.check()
 
     def complete(self) -> None:
         """Return when every update has ended and the model has all new values."""
-        with self._changed:
-            while self._updates and self._failure is None:
-                self._changed.wait()
-        if not self._updates:
-            self._give_back()
+        self._progress.await_updates()
+        self._give_back()
         self.quiet()
 
     def close(self) -> None:
@@ -291,7 +267,7 @@ class Traffic:
 
     def _await_values(self, i: int) -> None:
         with self._changed:
-            while i not in self._published and (self._updates or i in self._order or i in self._early):
+            while i not in self._published and (self._progress.updates or i in self._order or i in self._early):
                 self.check()
                 self._changed.wait()
             mark = self._published.get(i, REACHED)  # else an overflow has ended the update before it
@@ -303,14 +279,6 @@ class Traffic:
         for i in list(self._held):
             self.applied(i)
 
-    def _decide(self) -> None:
-        """Note that the update under way has nothing more to ask the other ranks."""
-        if self._deciding:
-            self._deciding = False
-            with self._changed:
-                self._undecided -= 1
-                self._changed.notify_all()
-
     def _announce(self) -> None:
         """Let go what can go: no new values before all gradients, so that it is the same order on every rank."""
         gradients = len(self._filled)
@@ -318,6 +286,4 @@ class Traffic:
 
     def _fail(self, failure: BaseException) -> None:
         self._stock.applying(False)
-        with self._changed:
-            self._failure = self._failure or failure
-            self._changed.notify_all()
+        self._progress.fail(failure)
