@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help train test test-fast test-chaos test-mpich test-deepspeed lint format docs bench bench-all-reduce bench-overlap collectives parity kinds gallery clean
+.PHONY: help train test test-fast test-chaos test-mpich test-deepspeed lint format docs bench bench-all-reduce bench-overlap bench-adam bench-offload collectives parity kinds gallery clean
 
 help:
 	@echo "make train      train $(CONFIG) on $(RANKS) ranks (CONFIG=..., RANKS=... to change)"
@@ -16,11 +16,13 @@ help:
 	@echo "make test-mpich the tests over MPI with MPICH too (Open MPI is there)"
 	@echo "make test-deepspeed  the tests that have DeepSpeed compile its Adam for the CPU"
 	@echo "make lint       ruff and mypy"
-	@echo "make docs       configuration.md, kinds.md, collectives.md in docs/, again from schema, code and figures"
+	@echo "make docs       configuration.md, kinds.md, collectives.md, zero.md in docs/, again from schema, code and figures"
 	@echo "make parity     docs/parity.md: every strategy on every transport against plain PyTorch"
 	@echo "make bench      benchmarks/loop_overhead.py"
 	@echo "make bench-all-reduce  benchmarks/all_reduce.py: every all-reduce against gloo's and MPI's; as root for all of it"
 	@echo "make bench-overlap     benchmarks/overlap.py: how much of communication hides behind backward; as root"
+	@echo "make bench-adam        benchmarks/cpu_adam.py: the update on the CPU against DeepSpeed's, torch's and the memory"
+	@echo "make bench-offload     benchmarks/offload.py: how near offloaded training comes to what cannot be hidden; memory"
 	@echo "make collectives       the pictures of what these two measured"
 	@echo "make kinds      benchmarks/kinds.py: every kind of learning against its figure"
 	@echo "make gallery    docs/images/gallery.png: optimizers times schedules"
@@ -56,7 +58,7 @@ format: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python docs/configuration.py
 	$(BIN)/python docs/kinds.py
-	$(BIN)/python docs/collectives.py
+	$(BIN)/python docs/figures.py
 
 parity: $(VENV)/.dev
 	$(BIN)/python docs/parity.py
@@ -69,6 +71,12 @@ bench-all-reduce: $(VENV)/.dev
 
 bench-overlap: $(VENV)/.dev
 	$(BIN)/python benchmarks/overlap.py
+
+bench-adam: $(VENV)/.dev
+	$(BIN)/python benchmarks/cpu_adam.py
+
+bench-offload: $(VENV)/.dev
+	$(BIN)/python benchmarks/offload.py
 
 collectives: $(VENV)/.dev
 	$(BIN)/python benchmarks/pictures.py

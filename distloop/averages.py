@@ -39,7 +39,8 @@ class MovingAverage(nn.Module):
     def update(self, model: nn.Module) -> None:
         """Take one step towards ``model``."""
         own: list[Tensor] = list(self.average.parameters())
-        theirs: list[Tensor] = list(model.parameters())
+        # A model in half precision is followed in the precision that its average began in.
+        theirs: list[Tensor] = [p.to(mine.dtype) for mine, p in zip(own, model.parameters(), strict=True)]
         if self.decay:
             torch._foreach_lerp_(own, theirs, 1.0 - self.decay)
         else:

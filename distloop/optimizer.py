@@ -74,6 +74,10 @@ class Rule(ABC):
     def update(self, group: Group, gradients: list[Tensor], lr: float, divisor: Tensor | None) -> None:
         """Update ``group.values`` in place by ``gradients / divisor``; ``divisor`` is None unless the rule folds."""
 
+    def describe(self) -> str:
+        """Return in words which kernel it uses, if there is a choice."""
+        return ""
+
     def for_group(self, group: Group) -> Rule:
         """Return the rule that updates ``group``: this one, or another of the same arithmetic where this cannot."""
         return self

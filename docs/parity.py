@@ -2,6 +2,7 @@
 
     python docs/parity.py               # 10 minutes on 2 cores
     python docs/parity.py --only mpi    # one transport; what others came to before stays
+    python docs/parity.py --strategy ddp  # one strategy, likewise
     python docs/parity.py --quick       # 1 in 6 of the cases, nothing written
 
 What it finds is kept in benchmarks/results/parity.json, row by row, so that a run that is cut off loses nothing. Ends
@@ -32,12 +33,14 @@ from tests.ranks import OPEN_MPI, in_processes, in_threads, under_mpirun  # noqa
 from tests.test_exactness import by_stages, grid, in_single_precision  # noqa: E402
 
 BUCKETED = ["naive", "ring", "direct", "auto"]
+SENT_BY_US = [*BUCKETED, "zero_offload"]
 PLACES = [
     *itertools.product(["threads"], BUCKETED, [2, 3, 4, 5, 8]),
-    *itertools.product(["torch"], ["ddp", *BUCKETED], [2, 3, 4]),
+    *itertools.product(["threads"], ["zero_offload"], [1, 2, 3, 4, 5, 8]),
+    *itertools.product(["torch"], ["ddp", *SENT_BY_US], [2, 3, 4]),
     *itertools.product(["torch"], ["deepspeed"], [1, 2, 3, 4]),
-    *itertools.product(["sockets", "shared_memory"], BUCKETED, [2, 3, 4]),
-    *itertools.product(["mpi"], ["ddp", *BUCKETED], [2, 4]),
+    *itertools.product(["sockets", "shared_memory"], SENT_BY_US, [2, 3, 4]),
+    *itertools.product(["mpi"], ["ddp", *SENT_BY_US], [2, 4]),
 ]
 PAGE = """# Parity
 
@@ -105,10 +108,10 @@ def measure(transport: str, strategy: str, ranks: int, *, quick: bool) -> Row:
     return Row(transport, strategy, ranks, worst[torch.float64], worst[torch.float32], time.monotonic() - begun)
 
 
-def rows(only: str | None, *, quick: bool) -> Iterator[Row]:
+def rows(only: str | None, of: str | None, *, quick: bool) -> Iterator[Row]:
     missing = OPEN_MPI.missing()
     for transport, strategy, ranks in PLACES:
-        if (transport == "mpi" and missing is not None) or only not in (None, transport):
+        if (transport == "mpi" and missing is not None) or only not in (None, transport) or of not in (None, strategy):
             continue
         row = measure(transport, strategy, ranks, quick=quick)
         print(
@@ -151,12 +154,13 @@ def table(found: list[Row]) -> str:
 @click.command()
 @click.option("--quick", is_flag=True, help="1 in 6 of the cases, and nothing is written.")
 @click.option("--only", type=click.Choice(sorted({place[0] for place in PLACES})), help="One transport.")
-def main(quick: bool, only: str | None) -> None:
+@click.option("--strategy", type=click.Choice(sorted({place[1] for place in PLACES})), help="One strategy.")
+def main(quick: bool, only: str | None, strategy: str | None) -> None:
     """Print and write the parity table."""
     torch.set_num_threads(1)
     alone = replace(measure("threads", "naive", 1, quick=quick), transport="alone", strategy="single")
     found = []
-    for row in itertools.chain([alone], rows(only, quick=quick)):
+    for row in itertools.chain([alone], rows(only, strategy, quick=quick)):
         found.append(row)
         if not quick:
             keep(row)

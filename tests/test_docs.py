@@ -63,11 +63,12 @@ def test_the_examples_on_tasks_run(
     assert len(capsys.readouterr().out.splitlines()) == 5
 
 
-def test_the_page_on_collectives_is_current() -> None:
-    script = load(ROOT / "docs" / "collectives.py")
-    page = (ROOT / "docs" / "collectives.md").read_text()
+@pytest.mark.parametrize(("name", "least"), [("collectives", 20), ("zero", 3)])
+def test_the_pages_with_figures_are_current(name: str, least: int) -> None:
+    script = load(ROOT / "docs" / "figures.py")
+    page = (ROOT / "docs" / f"{name}.md").read_text()
     assert script.document(page) == page, "run make docs"
-    assert page.count("moonshot |") > 20, "the tables are there"
+    assert page.count("moonshot") > least, "the tables are there"
 
 
 def test_the_page_on_kinds_is_current() -> None:

@@ -91,18 +91,14 @@ class Builder:
         agree_on(transport, {"objectives": list(objectives), "turns": checked_turns(task)}, "the task")
         self.resolved.check_learners(objectives)
         refuse_shared_parameters(objectives)
-        strategies = {
-            name: make_strategy(name, o, place, config, Method(self.resolved.for_learner(name)))
-            for name, o in objectives.items()
-        }
-        refuse_what_runs_models(task, strategies)
+        strategies = self._strategies(task, place)
         # From here on ranks draw different numbers: dropout must not repeat itself on every rank.
         torch.manual_seed(derive_seed("rank", config.train.seed, world.rank))
         site = Site(world, transport, place.device, config.train.seed)
         if hasattr(task, "join"):
             task.join(site)
         weighers = {name: o.weight for name, o in objectives.items() if hasattr(o, "weight")}
-        in_step = any(strategy.in_step for strategy in strategies.values())
+        in_step = any(one.in_step for one in strategies.values())
         fed = Fed(task, config, place, weighers, site, in_step=in_step)
         first = fed.collect(0)
         steps = steps_of(config, getattr(first, "plan", None))
@@ -130,6 +126,14 @@ class Builder:
             observers=[*shown, *(observers if world.rank == 0 else ())],
             progress=progress,
         )
+
+    def _strategies(self, task: Any, place: Place) -> dict[str, Strategy]:
+        strategies = {
+            name: make_strategy(name, objective, place, self.config, Method(self.resolved.for_learner(name)))
+            for name, objective in task.objectives.items()
+        }
+        refuse_what_runs_models(task, strategies)
+        return strategies
 
     def _given_or_named(self) -> Any:
         """Return the task object that was given, or a new one of the configured name."""

@@ -49,9 +49,10 @@ def facts(
         lines["batch"] = _uneven(data, config.data.global_batch_size)
     lines["length"] = _length(steps, epochs_of(config))
     for learner in learners:
-        lines[f"for {learner.name}" if resolved.learners else "optimizer"] = describe_optimizer(
-            resolved.for_learner(learner.name).config, learner.base_lr
-        )
+        described = describe_optimizer(resolved.for_learner(learner.name).config, learner.base_lr)
+        kernel = learner.optimizer.rule.describe()
+        name = f"for {learner.name}" if resolved.learners else "optimizer"
+        lines[name] = f"{described}; {kernel}" if kernel else described
     if monitored is not None:
         lines["monitor"] = monitored
     lines["precision"] = config.precision.name

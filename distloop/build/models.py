@@ -100,7 +100,7 @@ def refuse_what_runs_models(task: Any, strategies: Mapping[str, Strategy]) -> No
     Raises:
         ConfigError: a strategy has all ranks run its model in step, and the task cannot.
     """
-    if not any(strategy.in_step for strategy in strategies.values()):
+    if not any(one.in_step for one in strategies.values()):
         return
     reasons = {
         "more than one learner, and each learner's model is in parts during the other's turn": len(strategies) > 1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import logging
 import os
 import sys
 import warnings
@@ -52,8 +53,7 @@ def load(device: torch.device | None, half: torch.dtype | None = None) -> Any:
         raise ConfigError(
             f"strategy.name: deepspeed is installed but cannot be imported ({failure}): {INSTALL}"
         ) from failure
-    if first:
-        _hush(deepspeed)
+    _hush(deepspeed, redirect=first)
     if device is not None and (found := deepspeed.get_accelerator().device_name()) != device.type:
         raise WorldError(
             f"strategy.name: deepspeed works on {found} in this process and models are on {device.type}: set "
@@ -72,13 +72,18 @@ def silence() -> Iterator[None]:
         yield
 
 
-def _hush(deepspeed: Any) -> None:
-    """Send DeepSpeed's warnings where warnings go; it was imported while the screen was covered."""
+def _hush(deepspeed: Any, *, redirect: bool) -> None:
+    """Send DeepSpeed's warnings where warnings go, if it was imported while the screen was covered."""
     for handler in deepspeed.utils.logger.handlers:
-        handler.setStream(sys.stderr)
-        handler.addFilter(lambda record: "untested optimizer" not in record.getMessage())  # those here are tested
+        if redirect:
+            handler.setStream(sys.stderr)
+        handler.addFilter(_needs_saying)
     # It calls what torch will rename; nobody who trains can do anything about it.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+
+
+def _needs_saying(record: logging.LogRecord) -> bool:
+    return "untested ZeRO Optimizer" not in (text := record.getMessage()) and "untested optimizer" not in text
 
 
 class Company:
@@ -126,8 +131,9 @@ class Company:
 
     def _say_which(self, device: torch.device) -> None:
         """Tell DeepSpeed, which now and then asks the environment for its device, which one distloop chose."""
-        number = os.environ.get("LOCAL_RANK", "0") if device.index is None else str(device.index)
         names = {"LOCAL_RANK"} | ({"OMPI_COMM_WORLD_LOCAL_RANK"} & set(os.environ))
+        said = next((os.environ[name] for name in sorted(names) if name in os.environ), "0")
+        number = said if device.index is None else str(device.index)
         self._before = {name: os.environ.get(name) for name in names}
         os.environ |= dict.fromkeys(names, number)
 

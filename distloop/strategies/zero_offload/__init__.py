@@ -19,6 +19,7 @@ from distloop.strategies.zero_offload.flat import lay_out
 from distloop.strategies.zero_offload.gates import Gates
 from distloop.strategies.zero_offload.links import Direct, Link, link_to
 from distloop.strategies.zero_offload.traffic import Traffic
+from distloop.strategies.zero_offload.values import Values
 from distloop.strategies.zero_offload.worker import Worker
 from distloop.transports import Transport
 
@@ -63,8 +64,9 @@ class ZeroOffload(Strategy):
         resident = round(options.device_fraction * self._count)
         links = [Direct(device)] * resident + [link] * (self._count - resident)
         wire = torch.bfloat16 if options.wire_dtype == "bf16" else None
-        self._traffic = Traffic(self.buckets, links[::-1], transport, wire=wire, delayed=self._delayed)
-        self.shards = self._traffic.shards
+        values = Values(self.buckets, links[::-1], delayed=self._delayed)
+        self.shards = values.shards
+        self._traffic = Traffic(self.buckets, links[::-1], values, transport, wire=wire)
         self._worker = Worker("updating shards")
         self._gates: Gates | None = None
         self._begun = self._ahead = self._sending = False

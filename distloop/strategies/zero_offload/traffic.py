@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 
@@ -11,15 +10,15 @@ from torch import Tensor
 
 from distloop.collectives.sharded import all_gather, reduce_scatter
 from distloop.errors import ConfigError, DistloopError
-from distloop.strategies.base import Shard
 from distloop.strategies.lane import Lane
 from distloop.strategies.zero_offload.flat import Bucket
 from distloop.strategies.zero_offload.links import REACHED, Link, Mark
+from distloop.strategies.zero_offload.progress import Progress
 from distloop.strategies.zero_offload.stock import Stock
+from distloop.strategies.zero_offload.values import IN_FLIGHT, Values, exact
 from distloop.transports import Transport
 
 SPARE = 0.5  # bytes per parameter of gradients on the host that wait while others are applied
-IN_FLIGHT = 3  # buckets of gradients on the device, and of new values on the host, that are on their way at once
 
 
 class Traffic:
@@ -28,31 +27,25 @@ class Traffic:
     Args:
         buckets: in the order in which they are sent.
         links: the way of each between device and host.
+        values: what goes up.
         transport: to the other ranks.
         wire: dtype of gradients between ranks (None: no less precise than they are added up).
-        delayed: whether the optimizer's values are not yet those of the model, so that neither may overwrite the other.
     """
 
     def __init__(
         self,
         buckets: Sequence[Bucket],
         links: Sequence[Link],
+        values: Values,
         transport: Transport,
         *,
         wire: torch.dtype | None,
-        delayed: bool,
     ):
         self.buckets, self._links, self._transport = buckets, links, transport
         self._alone, self._count = transport.size == 1, len(buckets)
-        self._exact = [_exact(bucket.flat.dtype) for bucket in buckets]
+        self._exact = [exact(bucket.flat.dtype) for bucket in buckets]
         self._wire = [wire if wire is not None and e == torch.float32 else e for e in self._exact]
-        self._values = _homes(buckets, links, self._exact, delayed=delayed)
-        self._slots: dict[tuple[Link, torch.dtype], list[Tensor]] = {}
-        self._rounded = [None if delayed else self._staging(i) for i in range(self._count)]
-        self.shards: list[Shard] = []
-        for bucket, values, rounded in zip(buckets, self._values, self._rounded, strict=True):
-            bucket.adopt(values)
-            self.shards.append(bucket.segments(values, rounded))
+        self._values = values
         self._longest = max(len(bucket.flat) for bucket in buckets)
         self._pool: dict[torch.dtype, list[Tensor]] = {}
         for dtype in dict.fromkeys(self._wire) if not self._alone else ():
@@ -60,11 +53,8 @@ class Traffic:
             self._pool[dtype] = [transport.allocate(self._longest, dtype, device) for _ in range(IN_FLIGHT)]
         self._stock = Stock(int(SPARE * sum(len(bucket.own) for bucket in buckets)))
         self._lane = Lane(self._do, threaded=transport.overlaps and not self._alone)
-        self._changed = threading.Condition()
-        self._failure: BaseException | None = None
-        self._updates = 0  # that have not ended
-        self._deciding = False
-        self._undecided = 0  # of these, those that have applied nothing yet: they may have to add up a norm
+        self._progress = Progress()
+        self._changed = self._progress.changed
         self._step = 0
         self._staged: list[Tensor] = []
         self._filled: list[Mark] = []
@@ -78,8 +68,6 @@ class Traffic:
         self._slot_free = [REACHED] * IN_FLIGHT
         self._published: dict[int, Mark] = {}
         self.pending: set[int] = set()  # buckets whose new values the model has not been seen to have
-
-    # -- gradients -----------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """Begin a step, after all that is still under way."""
@@ -157,21 +145,12 @@ class Traffic:
     def applied(self, i: int) -> None:
         """Say that the gradients of bucket ``i`` are needed no more."""
         self._stock.give_back(self._links[i], self._held.pop(i))
-        self._decide()
-
-    # -- new values ----------------------------------------------------------------------------------------------
+        self._progress.decide()
 
     def publish(self, i: int) -> None:
         """Send the new values of shard ``i`` to the device and to all ranks."""
-        bucket, link, rounded = self.buckets[i], self._links[i], self._rounded[i]
-        mark = REACHED
-        source = self._values[i] if rounded is None else rounded
-        if source.data_ptr() != bucket.own.data_ptr():
-            if rounded is None and not link.direct and source.dtype != bucket.flat.dtype:
-                staging = self._staging(i)
-                assert staging is not None
-                source = staging.copy_(source)
-            mark = link.up(source, bucket.own)
+        source = self._values.going_up(i)
+        mark = REACHED if source is None else self._links[i].up(source, self.buckets[i].own)
         self._slot_free[i % IN_FLIGHT] = mark
         self._going_up.append(mark)
         if len(self._going_up) >= IN_FLIGHT:
@@ -207,58 +186,34 @@ class Traffic:
             if i in self.pending:
                 self._await_values(i)
 
-    # -- ends ----------------------------------------------------------------------------------------------------
-
     def updating(self, update: Callable[[], None]) -> Callable[[], None]:
         """Return ``update``, a step's, so that those who need its values know when it has ended, and how."""
-        with self._changed:
-            self._updates += 1
-            self._undecided += 1
 
         def run() -> None:
-            self._deciding = True
-            try:
-                update()
-                self._give_back()
-            except BaseException as failure:
-                self._fail(failure)
-                raise
-            finally:
-                self._decide()
-                with self._changed:
-                    self._updates -= 1
-                    self._changed.notify_all()
+            update()
+            self._give_back()
 
-        return run
+        return self._progress.updating(run)
 
     def quiet(self) -> None:
         """Return when nothing is being sent, and the model has all values that are on their way."""
-        with self._changed:
-            while self._undecided and self._failure is None:
-                self._changed.wait()
-        self.check()
+        self._progress.await_decisions()
         self.await_sent()
         self.need(list(self.pending))
 
     def check(self) -> None:
         """Raise what went wrong in another thread."""
-        if self._failure is not None:
-            raise self._failure
+        self._progress.check()
 
     def complete(self) -> None:
         """Return when every update has ended and the model has all new values."""
-        with self._changed:
-            while self._updates and self._failure is None:
-                self._changed.wait()
-        if not self._updates:
-            self._give_back()
+        self._progress.await_updates()
+        self._give_back()
         self.quiet()
 
     def close(self) -> None:
         self._fail(ConfigError("the strategy is closed"))
         self._lane.close()
-
-    # -- inside --------------------------------------------------------------------------------------------------
 
     def _do(self, number: int) -> None:
         """Do one thing after the other, the same on every rank: all gradients, then all values."""
@@ -312,7 +267,7 @@ class Traffic:
 
     def _await_values(self, i: int) -> None:
         with self._changed:
-            while i not in self._published and (self._updates or i in self._order or i in self._early):
+            while i not in self._published and (self._progress.updates or i in self._order or i in self._early):
                 self.check()
                 self._changed.wait()
             mark = self._published.get(i, REACHED)  # else an overflow has ended the update before it
@@ -324,14 +279,6 @@ class Traffic:
         for i in list(self._held):
             self.applied(i)
 
-    def _decide(self) -> None:
-        """Note that the update under way has nothing more to ask the other ranks."""
-        if self._deciding:
-            self._deciding = False
-            with self._changed:
-                self._undecided -= 1
-                self._changed.notify_all()
-
     def _announce(self) -> None:
         """Let go what can go: no new values before all gradients, so that it is the same order on every rank."""
         gradients = len(self._filled)
@@ -339,46 +286,4 @@ class Traffic:
 
     def _fail(self, failure: BaseException) -> None:
         self._stock.applying(False)
-        with self._changed:
-            self._failure = self._failure or failure
-            self._changed.notify_all()
-
-    def _staging(self, i: int) -> Tensor | None:
-        """Return where the new values of bucket ``i`` are put in the model's precision, if they need be."""
-        bucket, link = self.buckets[i], self._links[i]
-        if self._exact[i] == bucket.flat.dtype:
-            return None
-        if link.direct:
-            return bucket.own
-        longest = max(len(b.own) for b in self.buckets)
-        key = (link, bucket.flat.dtype)
-        if key not in self._slots:
-            self._slots[key] = [link.allocate(longest, bucket.flat.dtype) for _ in range(IN_FLIGHT)]
-        return self._slots[key][i % IN_FLIGHT][: len(bucket.own)]
-
-
-def _exact(dtype: torch.dtype) -> torch.dtype:
-    """Return in which dtype values of this one are added up and updated."""
-    return torch.float32 if dtype.itemsize < 4 else dtype
-
-
-def _homes(
-    buckets: Sequence[Bucket], links: Sequence[Link], exact: Sequence[torch.dtype], *, delayed: bool
-) -> list[Tensor]:
-    """Return where the optimizer has the values that this rank owns of each bucket.
-
-    Apart from the model, unless that is in the same memory and in the same precision.
-    """
-    apart = [not link.direct or b.flat.dtype != e or delayed for b, link, e in zip(buckets, links, exact, strict=True)]
-    sizes: dict[tuple[Link, torch.dtype], int] = {}
-    for bucket, link, dtype, own in zip(buckets, links, exact, apart, strict=True):
-        sizes[link, dtype] = sizes.get((link, dtype), 0) + own * len(bucket.own)
-    rest = {key: key[0].keep(size, key[1]) for key, size in sizes.items()}
-    homes = []
-    for bucket, link, dtype, own in zip(buckets, links, exact, apart, strict=True):
-        if own:
-            home, rest[link, dtype] = rest[link, dtype].tensor_split([len(bucket.own)])
-            homes.append(home)
-        else:
-            homes.append(bucket.own)
-    return homes
+        self._progress.fail(failure)

@@ -1,4 +1,4 @@
-"""Bring the tables of docs/collectives.md up to date with what the benchmarks wrote."""
+"""Bring the tables of docs/collectives.md and docs/zero.md up to date with what the benchmarks wrote."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-PAGE = HERE / "collectives.md"
+PAGES = [HERE / "collectives.md", HERE / "zero.md"]
 BENCHMARKS = HERE.parent / "benchmarks"
 RESULTS = BENCHMARKS / "results"
 
@@ -74,7 +74,24 @@ def calibrate(_: str = "") -> str:
     return "```\n" + (RESULTS / "calibrate.txt").read_text().rstrip() + "\n```"
 
 
-MAKE: dict[str, Callable[[str], str]] = {"all_reduce": all_reduce, "overlap": overlap, "calibrate": calibrate}
+def cpu_adam(_: str = "") -> str:
+    """Return the table of updates on the CPU."""
+    return str(load("cpu_adam").table(json.loads((RESULTS / "cpu_adam.json").read_text())["cells"]))
+
+
+def offload(section: str) -> str:
+    """Return the table of a section on offloading as the benchmark printed it."""
+    found = json.loads((RESULTS / "offload.json").read_text())["sections"].get(section)
+    return "Not measured." if found is None else str(load("offload").table(section, found))
+
+
+MAKE: dict[str, Callable[[str], str]] = {
+    "all_reduce": all_reduce,
+    "overlap": overlap,
+    "calibrate": calibrate,
+    "cpu_adam": cpu_adam,
+    "offload": offload,
+}
 
 
 def document(page: str) -> str:
@@ -85,10 +102,11 @@ def document(page: str) -> str:
         mark = f"{kind} {argument}".strip()
         return f"<!-- {mark} -->\n{MAKE[kind](argument)}\n<!-- /{mark} -->"
 
-    marks = r"<!-- ((?:all_reduce|overlap|calibrate)[^>]*?) -->\n.*?<!-- /\1 -->"
-    bare = re.sub(marks, r"<!-- \1 -->", page, flags=re.DOTALL)
-    return re.sub(r"<!-- (all_reduce|overlap|calibrate)\b(.*?)-->", renewed, bare)
+    kinds = "|".join(MAKE)
+    bare = re.sub(rf"<!-- ((?:{kinds})[^>]*?) -->\n.*?<!-- /\1 -->", r"<!-- \1 -->", page, flags=re.DOTALL)
+    return re.sub(rf"<!-- ({kinds})\b(.*?)-->", renewed, bare)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(document(PAGE.read_text()))
+    for path in PAGES:
+        path.write_text(document(path.read_text()))
