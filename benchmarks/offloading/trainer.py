@@ -224,7 +224,7 @@ def _note_stretches() -> None:
 
     def noted(self: Any, size: int) -> None:
         original(self, size)
-        STRETCHES.append((self._begin, self._size))
+        STRETCHES.append((self.address, size))  # without what is around it, which may be one mapping with other memory
 
     host_memory._Stretch.__init__ = noted
 
