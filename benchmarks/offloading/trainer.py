@@ -103,7 +103,9 @@ def _distloop(wanted: dict[str, Any], size: int) -> Ready:
         rule = cpu_adam("native", (0.9, 0.999), 1e-8, True) if strategy.on_host else Adam(decoupled=True)
         optimizer = Optimizer(rule, strategy.shards, dict.fromkeys(parameters, 0.01))
         chain = [ClipByNorm(1.0)] if wanted["clip"] else []
-        learner = Learner("model", Objective(model), strategy, optimizer, lr=1e-4, schedule=Constant(), transforms=chain)
+        learner = Learner(
+            "model", Objective(model), strategy, optimizer, lr=1e-4, schedule=Constant(), transforms=chain
+        )
 
         def step(batch: Any) -> None:
             micro: Any = Micro(batch)

@@ -68,9 +68,21 @@ def memory_table(found: dict[str, Any]) -> str:
     for row in found["rows"]:
         own = row["side"] == "zero_offload"
         host, rest = row["host"], (row["all"] - row["host"]) / row["ranks"]
-        shown = [f"**{host:.2f}**", "16", "12.5", f"{rest:.2f}"] if own else ["-", "-", "-", f"{row['all'] / row['ranks']:.2f}"]
+        shown = (
+            [f"**{host:.2f}**", "16", "12.5", f"{rest:.2f}"]
+            if own
+            else ["-", "-", "-", f"{row['all'] / row['ranks']:.2f}"]
+        )
         weights, clip = "half" if row["half"] else "fp32", "yes" if row["clip"] else "no"
-        cells = [f"`{row['side']}`", weights, str(row["ranks"]), clip, *shown, f"{row['all']:.2f}", f"{row['peak']:.2f}"]
+        cells = [
+            f"`{row['side']}`",
+            weights,
+            str(row["ranks"]),
+            clip,
+            *shown,
+            f"{row['all']:.2f}",
+            f"{row['peak']:.2f}",
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -80,7 +92,9 @@ def against_deepspeed(*, quick: bool = False) -> dict[str, Any] | None:
     if missing() is not None:
         return None
     wanted = GPT | ({"layers": 2, "steps": 4} if quick else {})
-    sides: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "peak": []} for name in ("zero_offload", "deepspeed")}
+    sides: dict[str, dict[str, list[float]]] = {
+        name: {"seconds": [], "peak": []} for name in ("zero_offload", "deepspeed")
+    }
     parameters = 0
     for turn in range(1 if quick else ROUNDS):
         for side in sorted(sides, reverse=turn % 2 == 0):
@@ -109,5 +123,7 @@ def deepspeed_table(found: dict[str, Any]) -> str:
     lines.append(f"| step, least | {1e3 * a:.4g} ms | {1e3 * b:.4g} ms | {b / a:.2f} |")
     line("peak memory per rank", "peak", 2**20, "MiB")
     line("the same, less what the process had before the model", "grown", 2**20, "MiB")
-    lines.append(f"\nA GPT of {found['parameters'] / 1e6:.1f} M parameters in fp32, 2 ranks, {len(ours['seconds'])} steps of each.")
+    lines.append(
+        f"\nA GPT of {found['parameters'] / 1e6:.1f} M parameters in fp32, 2 ranks, {len(ours['seconds'])} steps of each."
+    )
     return "\n".join(lines)
