@@ -100,7 +100,7 @@ class ZeroOffload(Strategy):
         self._ahead = True
         self._update = update
         if not self._on_shard:  # there the sum is complete only after the last rank's last micro-batch
-            self._worker.submit(self._traffic.updating(update))
+            self._worker.submit(self._traffic.updating(update, streams=not self._delayed))
         return True
 
     def backward(self, loss: Tensor, weight: float, *, final: bool) -> None:

@@ -25,26 +25,33 @@ class Stock:
         self._spare, self._allocated = spare, 0
         self._changed = threading.Condition()
         self._free: dict[tuple[Link, torch.dtype, int], list[Tensor]] = {}
-        self._applying = self._failed = False
+        self._taken = 0  # buffers
+        self._streams = False
 
     def take(self, link: Link, dtype: torch.dtype, numel: int) -> Tensor:
         """Return a buffer, an old one if one is free or soon will be."""
         free = self._free.setdefault((link, dtype, numel), [])
+        nbytes = numel * dtype.itemsize
         with self._changed:
-            while not free and self._applying and self._allocated + numel * dtype.itemsize > self._spare:
+            while not free and self._streams and self._taken and self._allocated + nbytes > self._spare:
                 self._changed.wait()
+            self._taken += 1
             if free:
                 return free.pop()
-            self._allocated += numel * dtype.itemsize
+            self._allocated += nbytes
         return link.allocate(numel, dtype)
 
     def give_back(self, link: Link, buffer: Tensor) -> None:
         with self._changed:
+            self._taken -= 1
             self._free[link, buffer.dtype, len(buffer)].append(buffer)
             self._changed.notify_all()
 
-    def applying(self, yes: bool) -> None:
-        """Say whether someone is about to give a buffer back: else it is of no use to wait for one."""
+    def streams(self, yes: bool) -> None:
+        """Say whether every buffer that is taken will be given back before the next is needed, in another thread.
+
+        Else it is of no use to wait for one.
+        """
         with self._changed:
-            self._applying = yes
+            self._streams = yes
             self._changed.notify_all()

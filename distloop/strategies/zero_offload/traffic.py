@@ -60,6 +60,7 @@ class Traffic:
         self._filled: list[Mark] = []
         self._brought: list[tuple[Tensor, Mark]] = []
         self._held: dict[int, Tensor] = {}
+        self._drains = False  # whether whoever takes gradients has been seen to apply none before all have arrived
         self._kept: dict[int, Tensor] = {}
         self._order: list[int] = []  # of new values between ranks: as forward needs them, so the same on all
         self._early: set[int] = set()  # those whose turn has not come
@@ -128,9 +129,10 @@ class Traffic:
                 arrived += 1
             i = there.pop()
             self._slot_free[i % IN_FLIGHT].wait()
-            self._stock.applying(True)
             yield i, self.buckets[i].take(self._held[i])
-            self._stock.applying(False)
+            if i in self._held:  # whoever takes them applies none before all have arrived
+                self._drains = True
+                self._stock.streams(False)
 
     def keep(self) -> None:
         """Add what arrives to what has arrived before, for :meth:`arrivals`."""
@@ -186,12 +188,19 @@ class Traffic:
             if i in self.pending:
                 self._await_values(i)
 
-    def updating(self, update: Callable[[], None]) -> Callable[[], None]:
-        """Return ``update``, a step's, so that those who need its values know when it has ended, and how."""
+    def updating(self, update: Callable[[], None], *, streams: bool = False) -> Callable[[], None]:
+        """Return ``update``, a step's, so that those who need its values know when it has ended, and how.
+
+        ``streams``: it runs in another thread while gradients arrive, and may apply them as they do.
+        """
+        self._stock.streams(streams and not self._drains)
 
         def run() -> None:
-            update()
-            self._give_back()
+            try:
+                update()
+                self._give_back()
+            finally:
+                self._stock.streams(False)
 
         return self._progress.updating(run)
 
@@ -285,5 +294,5 @@ class Traffic:
         self._lane.ready(gradients + (len(self._order) if gradients == self._count else 0))
 
     def _fail(self, failure: BaseException) -> None:
-        self._stock.applying(False)
+        self._stock.streams(False)
         self._progress.fail(failure)
