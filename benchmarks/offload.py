@@ -11,9 +11,9 @@ times that bound a step are known:
     floor = max(accelerator, link, Adam)
 
 Ours and the serial order (backward; gradients down; norm; Adam; values up; forward) take turns in one process, through
-the same learner; their masters must be equal bit by bit. memory: bytes per parameter of real processes. deepspeed: a GPT
-on two ranks. gpu: the same on a GPU, where there is one. Writes benchmarks/results/offload.json; ends with 1 if a must
-is missed.
+the same learner; their masters must be equal bit by bit. memory: bytes per parameter of real processes. deepspeed: a
+GPT on two ranks. gpu: the same on a GPU, where there is one. Writes benchmarks/results/offload.json; ends with 1 if a
+must is missed.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def timing_table(rows: list[dict[str, Any]]) -> tuple[str, list[str]]:
         cells += [f"**{ours / floor:.2f}** ({least / floor:.2f})", f"{ours / bound:.2f} ({least / bound:.2f})"]
         lines.append([*cells, f"{serial / floor:.2f}", same, *asked, reached])
     notes = (
-        "bound: what the order of a step leaves of the floor: gradients come down in backward alone; with clipping Adam "
-        "begins after it.\nearly: the serial order, but gradients come down beside backward."
+        "bound: what the order of a step leaves of the floor: gradients come down in backward alone; with clipping "
+        "Adam begins after it.\nearly: the serial order, but gradients come down beside backward."
     )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{notes}", missed
 

@@ -1,7 +1,7 @@
 """The same on a real GPU: tokens per second, and the largest model under a cap of memory. Not run on one so far.
 
-Every side is a process of its own, ``python gpu.py JSON``: the optimizer on the GPU, on the host by zero_offload, on the
-host by DeepSpeed.
+Every side is a process of its own, ``python gpu.py JSON``: the optimizer on the GPU, on the host by zero_offload, on
+the host by DeepSpeed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import itertools
 
 import ranks
 import torch
@@ -185,7 +187,7 @@ def main() -> None:
         torch.cuda.synchronize()
     except torch.OutOfMemoryError:
         sys.exit(NO_MEMORY)
-    seconds = [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
+    seconds = [b - a for a, b in itertools.pairwise(stamps)]
     ranks.tell({"seconds": seconds, "parameters": sum(p.numel() for p in model.parameters())})
 
 

@@ -15,12 +15,12 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
 import matplotlib as mpl  # noqa: E402
 import torch  # noqa: E402
-from offloading.timing import ADAM, LAYERS, OPTIONS, PARAMETERS, Side  # noqa: E402
 
 from distloop.observers.curves import new_figure  # noqa: E402
 from distloop.strategies import Options  # noqa: E402
 from distloop.strategies.zero_offload import ZeroOffload  # noqa: E402
 from distloop.transports import Alone  # noqa: E402
+from offloading.timing import ADAM, LAYERS, OPTIONS, PARAMETERS, Side  # noqa: E402
 
 IMAGE = HERE.parent.parent / "docs" / "images" / "offload.png"
 LANES = ["device: forward, backward", "gradients down", "host: Adam", "values up"]

@@ -2,8 +2,8 @@
 
     python benchmarks/offloading/trainer.py '{"side": "zero_offload", "model": "gpt", ...}' FOLDER
 
-Every rank leaves a file RANK.json in FOLDER: seconds of each step, and its memory at several points, in bytes. Memory is
-the proportional set size, in which what ranks share counts once over all of them; that of ``host_memory`` (masters,
+Every rank leaves a file RANK.json in FOLDER: seconds of each step, and its memory at several points, in bytes. Memory
+is the proportional set size, in which what ranks share counts once over all of them; that of ``host_memory`` (masters,
 optimizer state, gradients that wait) is read from the mappings that hold it.
 """
 

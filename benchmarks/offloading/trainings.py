@@ -61,10 +61,9 @@ def memory(*, quick: bool = False) -> dict[str, Any]:
 
 
 def memory_table(found: dict[str, Any]) -> str:
-    lines = [
-        "| strategy | weights | ranks | clipping by norm | host, all ranks | must | moonshot | the rest, each rank | all | peak |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = ["strategy", "weights", "ranks", "clipping by norm", "host, all ranks", "must", "moonshot"]
+    head += ["the rest, each rank", "all", "peak"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in found["rows"]:
         own = row["side"] == "zero_offload"
         host, rest = row["host"], (row["all"] - row["host"]) / row["ranks"]
@@ -123,7 +122,6 @@ def deepspeed_table(found: dict[str, Any]) -> str:
     lines.append(f"| step, least | {1e3 * a:.4g} ms | {1e3 * b:.4g} ms | {b / a:.2f} |")
     line("peak memory per rank", "peak", 2**20, "MiB")
     line("the same, less what the process had before the model", "grown", 2**20, "MiB")
-    lines.append(
-        f"\nA GPT of {found['parameters'] / 1e6:.1f} M parameters in fp32, 2 ranks, {len(ours['seconds'])} steps of each."
-    )
+    size, count = found["parameters"] / 1e6, len(ours["seconds"])
+    lines.append(f"\nA GPT of {size:.1f} M parameters in fp32, 2 ranks, {count} steps of each.")
     return "\n".join(lines)
