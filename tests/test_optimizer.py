@@ -116,8 +116,11 @@ def test_clip_by_norm_as_torch_over_several_shards(max_norm: float) -> None:
         p.grad = g
     norm = nn.utils.clip_grad_norm_(theirs.values(), max_norm)
     clip = ClipByNorm(max_norm)
-    for (_, collected), p in zip(clip(one_by_one(ours), identity), theirs.values(), strict=True):
-        assert torch.allclose(collected.settle()[0], p.grad, rtol=1e-13, atol=0)
+    expected, order = list(theirs.values()), []
+    for i, collected in clip(one_by_one(ours), identity):
+        assert torch.allclose(collected.settle()[0], expected[i].grad, rtol=1e-13, atol=0)
+        order.append(i)
+    assert order == list(range(len(expected)))[::-1], "what forward needs first is behind"
     assert float(clip.norm) == pytest.approx(float(norm), rel=1e-13)
 
 
