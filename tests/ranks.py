@@ -78,7 +78,7 @@ def _rank(
     from distloop.transports.join import join
     from distloop.world import World
 
-    torch.set_num_threads(1)
+    _settle_in()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     transport: Transport = Alone()
     try:
@@ -94,6 +94,12 @@ def _rank(
         results.close()
         results.join_thread()
         os._exit(1)
+
+
+def _settle_in() -> None:
+    """Be what a process of its own would be."""
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)  # or workers of a DataLoader come from a fork server of the rank
 
 
 ROOT = Path(__file__).parent.parent
@@ -237,7 +243,7 @@ def _run(
 ) -> None:
     os.chdir(folder)
     os.environ |= variables
-    torch.set_num_threads(1)
+    _settle_in()
     for stream, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")

@@ -152,7 +152,9 @@ def torch_is_there_too(transport: Transport) -> None:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_contract_and_parity(size: int, mpi: Mpi) -> None:
-    cases = [case for name in ("naive", "ddp", "zero_offload") for case in grid(name, size)[size % 2 :: 2]]
+    cases = [
+        case for name in ("naive", "ddp", "zero_offload") for case in grid(name, size)[size % 3 :: 3]
+    ]  # all are in docs/parity.py
     cases += in_single_precision(cases[::6])
     results = under_mpirun(size, checks, cases, mpi=mpi)
     assert [hosts for hosts, _, _ in results] == [[0] * size] * size
