@@ -6,6 +6,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import runpy
 import shutil
 import socket
 import subprocess
@@ -77,7 +78,7 @@ def _rank(
     from distloop.transports.join import join
     from distloop.world import World
 
-    torch.set_num_threads(1)
+    _settle_in()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     transport: Transport = Alone()
     try:
@@ -93,6 +94,12 @@ def _rank(
         results.close()
         results.join_thread()
         os._exit(1)
+
+
+def _settle_in() -> None:
+    """Be what a process of its own would be."""
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)  # or workers of a DataLoader come from a fork server of the rank
 
 
 ROOT = Path(__file__).parent.parent
@@ -169,12 +176,31 @@ class Ended:
     at: float = 0.0  # the time
 
 
+def command(arguments: list[str]) -> None:
+    """Be ``distloop ARGUMENTS``."""
+    from distloop.cli import main
+
+    main(arguments)
+
+
+def script(arguments: list[str]) -> None:
+    """Be ``python ARGUMENTS``."""
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
 def run_command(
-    *arguments: str, folder: Path, ranks: int = 1, seconds: float = 60, stays: int | None = None, **variables: str
+    *arguments: str,
+    folder: Path,
+    ranks: int = 1,
+    seconds: float = 60,
+    stays: int | None = None,
+    main: Callable[[list[str]], None] = command,
+    **variables: str,
 ) -> list[Ended]:
     """Run ``distloop ARGUMENTS`` in ``folder``, as one process or as ranks of one world; return how each ended.
 
-    Rank ``stays`` is not waited for, and killed in the end.
+    Rank ``stays`` is not waited for, and killed in the end. With ``main=script`` it is ``python ARGUMENTS``.
     """
     world: list[dict[str, str]] = [{}]
     if ranks > 1:
@@ -185,7 +211,7 @@ def run_command(
         world = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
     outputs = [(folder / f".out{rank}", folder / f".err{rank}") for rank in range(ranks)]
     processes = [
-        _CONTEXT.Process(target=_command, args=(arguments, str(folder), own | variables, str(out), str(err)))
+        _CONTEXT.Process(target=_run, args=(main, arguments, str(folder), own | variables, str(out), str(err)))
         for own, (out, err) in zip(world, outputs, strict=True)
     ]
     for process in processes:
@@ -207,12 +233,17 @@ def run_command(
     ]
 
 
-def _command(arguments: Sequence[str], folder: str, variables: dict[str, str], out: str, err: str) -> None:
-    from distloop.cli import main
-
+def _run(
+    main: Callable[[list[str]], None],
+    arguments: Sequence[str],
+    folder: str,
+    variables: dict[str, str],
+    out: str,
+    err: str,
+) -> None:
     os.chdir(folder)
     os.environ |= variables
-    torch.set_num_threads(1)
+    _settle_in()
     for stream, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import run_command
+from tests.ranks import run_command, script
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs" / "digits.yaml")
@@ -96,10 +96,11 @@ for strategy in ("ddp", "naive"):
 """
 
 
-@pytest.mark.slow
 def test_a_process_may_train_twice(tmp_path: Path) -> None:
     (tmp_path / "twice.py").write_text(TWICE)
-    assert torchrun(tmp_path, "twice.py").count("steps 1") == 4
+    ends = run_command("twice.py", folder=tmp_path, ranks=2, main=script)
+    assert [end.code for end in ends] == [0, 0], ends[0].err
+    assert [end.out.count("steps 1") for end in ends] == [2, 2]
 
 
 MISTAKES = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -115,9 +116,12 @@ def assert_parity(size: int, grids: list[Case], outcomes: list[list]) -> None:  
             assert error <= tolerance(case), f"rank {rank} of {size} is off by {error:.1e}: {case}"
 
 
-def thinned(cases: list[Case], strategy: str) -> list[Case]:
-    """Leave out every other case; what one strategy does without another has."""
-    return cases[len(strategy) % 2 :: 2]
+def share(place: tuple[str | int, ...], places: Sequence[tuple[str | int, ...]], cases: list[Case]) -> list[Case]:
+    """Return a half or a third of ``cases``: what one place leaves out, another of the same strategy has."""
+    own = [one for one in places if one[0] == place[0]]
+    parts = max(2, min(3, len(own)))
+    taken = cases[own.index(place) % parts :: parts]
+    return taken + in_single_precision(taken[::3])
 
 
 # What is left out here is in the table that docs/parity.py makes, of every strategy on every transport.
@@ -135,16 +139,26 @@ OVERLAPPING = ["ddp", "naive", "ring", "direct", "auto", "zero_offload"]
 
 @pytest.mark.parametrize(("strategy", "size"), IN_THREADS)
 def test_parity_in_threads(strategy: str, size: int) -> None:
-    cases = thinned(grid(strategy, size), strategy)
-    cases += in_single_precision(cases[::3])
+    cases = share((strategy, size), IN_THREADS, grid(strategy, size))
     assert_parity(size, cases, in_threads(size, run_cases, cases))
 
 
 @pytest.mark.parametrize(("strategy", "over", "size"), IN_PROCESSES)
 def test_parity_in_processes(strategy: str, over: str, size: int) -> None:
-    cases = thinned(grid(strategy, size), strategy)
-    cases += in_single_precision(cases[::4])
+    cases = share((strategy, over, size), IN_PROCESSES, grid(strategy, size))
     assert_parity(size, cases, in_processes(size, run_cases, cases, over=over))
+
+
+def test_every_strategy_has_every_case_in_processes() -> None:
+    every = {str(replace(case, strategy="any", counts=())) for case in grid("any", 2)}
+    for strategy in {place[0] for place in IN_PROCESSES}:
+        found = set()
+        for place in (place for place in IN_PROCESSES if place[0] == strategy):
+            cases = share(place, IN_PROCESSES, grid(strategy, place[2]))
+            assert {case.task for case in cases} == {"classifier", "tokens", "gan", "actor_critic"}
+            assert {case.dtype for case in cases} == {torch.float32, torch.float64}
+            found |= {str(replace(case, strategy="any", counts=())) for case in cases}
+        assert found >= every, strategy
 
 
 @pytest.mark.skipif(

@@ -150,28 +150,20 @@ def torch_is_there_too(transport: Transport) -> None:
     assert os.environ["GLOO_SOCKET_IFNAME"].startswith("lo"), "ranks of one host do not listen to others"
 
 
-def all_cases(size: int) -> list[Case]:
-    cases = grid("naive", size) + grid("ddp", size)
-    return cases + in_single_precision(cases[::6])
-
-
 @pytest.mark.parametrize("size", [2, 3])
 def test_contract_and_parity(size: int, mpi: Mpi) -> None:
-    cases = all_cases(size) if size == 2 else []
+    cases = [
+        case for name in ("naive", "ddp", "zero_offload") for case in grid(name, size)[size % 3 :: 3]
+    ]  # all are in docs/parity.py
+    cases += in_single_precision(cases[::6])
     results = under_mpirun(size, checks, cases, mpi=mpi)
     assert [hosts for hosts, _, _ in results] == [[0] * size] * size
     assert all(overlaps for _, overlaps, _ in results), "these MPIs have MPI_THREAD_MULTIPLE"
     assert_parity(size, cases, [outcomes for _, _, outcomes in results])
 
 
-def test_parity_with_four_ranks(mpi: Mpi) -> None:
-    cases = all_cases(4)[::3]
-    assert_parity(4, cases, under_mpirun(4, run_cases, cases, mpi=mpi))
-
-
-@pytest.mark.parametrize("strategy", ["naive", "ddp"])
-def test_training_says_what_one_process_says(strategy: str, mpi: Mpi, tmp_path: Path) -> None:
-    short = ("train", DIGITS, "--train.max_steps", "8", *QUIET, "--log.every", "1", "--strategy.name", strategy)
+def test_training_says_what_one_process_says(mpi: Mpi, tmp_path: Path) -> None:
+    short = ("train", DIGITS, "--train.max_steps", "8", *QUIET, "--log.every", "1", "--strategy.name", "naive")
     (alone,) = run_command(*short, "--log.name", "one", folder=tmp_path)
     job = mpirun(2, "-m", "distloop", *short, "--log.name", "two", folder=tmp_path, mpi=mpi)
     assert (alone.code, job.code) == (0, 0), alone.err + job.err
@@ -191,15 +183,17 @@ def said(job: Ended) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("task", "code", "sentence"),
+    ("task", "size", "code", "sentence"),
     [
-        ("SilentRank", 11, "heard nothing from rank 1 for 2 s"),
-        ("OtherModelOnOneRank", 12, "rank 1's model differs from rank 0's"),
+        ("SilentRank", 3, 11, "heard nothing from rank 1 for 2 s"),
+        ("OtherModelOnOneRank", 2, 12, "rank 1's model differs from rank 0's"),
     ],
 )
-def test_a_failure_is_one_sentence_and_its_code(task: str, code: int, sentence: str, mpi: Mpi, tmp_path: Path) -> None:
+def test_a_failure_is_one_sentence_and_its_code(
+    task: str, size: int, code: int, sentence: str, mpi: Mpi, tmp_path: Path
+) -> None:
     train = ("train", f"tests.user_tasks:{task}", "--world.timeout", "2", "--strategy.name", "naive")
-    job = mpirun(3, "-m", "distloop", *train, *QUIET, folder=tmp_path, mpi=mpi, seconds=40)
+    job = mpirun(size, "-m", "distloop", *train, *QUIET, folder=tmp_path, mpi=mpi, seconds=40)
     assert job.code == code, job.err
     (line,) = said(job)
     assert sentence in line and "Traceback" not in job.err
