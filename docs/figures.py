@@ -76,13 +76,15 @@ def calibrate(_: str = "") -> str:
 
 def cpu_adam(_: str = "") -> str:
     """Return the table of updates on the CPU."""
-    return str(load("cpu_adam").table(json.loads((RESULTS / "cpu_adam.json").read_text())["cells"]))
+    module = load("cpu_adam")
+    rows = [row for cell in json.loads((RESULTS / "cpu_adam.json").read_text())["cells"] for row in module.rows(cell)]
+    return str(module.markdown(module.HEAD, [row.line() for row in rows]))
 
 
 def offload(section: str) -> str:
-    """Return the table of a section on offloading as the benchmark printed it."""
-    found = json.loads((RESULTS / "offload.json").read_text())["sections"].get(section)
-    return "Not measured." if found is None else str(load("offload").table(section, found))
+    """Return a part of what the benchmark of offloading printed."""
+    found = json.loads((RESULTS / "offload.json").read_text())[section]
+    return str(load("offload").PARTS[section][1](found)[0])
 
 
 MAKE: dict[str, Callable[[str], str]] = {
