@@ -15,14 +15,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
 import torch
 from torch import Tensor, nn
 
+APART = "zero_offload apart"  # from an emulated device: nothing that is on the host is the model's memory too
+APART_BF16 = APART + ", bf16 between ranks"
 STRETCHES: list[tuple[int, int]] = []  # of huge pages: where, and how many bytes
 
 
@@ -63,11 +67,13 @@ def _distloop(wanted: dict[str, Any], size: int) -> Ready:
     from distloop.learner import Learner
     from distloop.optimizer import Adam, Optimizer
     from distloop.schedules import Constant
-    from distloop.strategies import Options, make
+    from distloop.strategies import Options, Strategy, make
+    from distloop.strategies.zero_offload import ZeroOffload
     from distloop.transforms import ClipByNorm
     from distloop.transports import Alone
     from distloop.transports.join import join
     from distloop.world import World
+    from offloading.device import Clock, EmulatedLink
 
     rank = int(os.environ["RANK"])
     world = World(rank, size, rank, size, "benchmark")
@@ -99,7 +105,11 @@ def _distloop(wanted: dict[str, Any], size: int) -> Ready:
         weights = torch.bfloat16 if wanted["half"] else None
         options = Options(weights=weights, calibration="cached")
         parameters = dict(model.named_parameters())
-        strategy = make(wanted["side"], parameters, transport, options)
+        if wanted["side"].startswith(APART):
+            options = replace(options, wire_dtype="bf16" if wanted["side"] == APART_BF16 else "fp32")
+            strategy: Strategy = ZeroOffload(parameters, transport, options, EmulatedLink(Clock(), 4e9))
+        else:
+            strategy = make(wanted["side"], parameters, transport, options)
         rule = cpu_adam("native", (0.9, 0.999), 1e-8, True) if strategy.on_host else Adam(decoupled=True)
         optimizer = Optimizer(rule, strategy.shards, dict.fromkeys(parameters, 0.01))
         chain = [ClipByNorm(1.0)] if wanted["clip"] else []

@@ -22,6 +22,11 @@ MEMORY = [  # side, half weights, ranks, clipping by norm
     ("zero_offload", True, 2, False),
     ("zero_offload", True, 2, True),
     ("zero_offload", False, 2, True),
+    ("zero_offload apart", True, 1, False),
+    ("zero_offload apart", True, 1, True),
+    ("zero_offload apart", True, 2, False),
+    ("zero_offload apart", True, 2, True),
+    ("zero_offload apart, bf16 between ranks", True, 2, True),
     ("deepspeed", True, 1, True),
     ("deepspeed", True, 2, True),
     ("deepspeed", False, 2, True),
@@ -65,7 +70,7 @@ def memory_table(found: dict[str, Any]) -> str:
     head += ["the rest, each rank", "all", "peak"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in found["rows"]:
-        own = row["side"] == "zero_offload"
+        own = row["side"].startswith("zero_offload")
         host, rest = row["host"], (row["all"] - row["host"]) / row["ranks"]
         shown = (
             [f"**{host:.2f}**", "16", "12.5", f"{rest:.2f}"]
