@@ -22,8 +22,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
-import torch
-from torch import Tensor, nn
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 APART = "zero_offload apart"  # from an emulated device: nothing that is on the host is the model's memory too
 APART_BF16 = APART + ", bf16 between ranks"
