@@ -35,12 +35,13 @@ def added_in_rank_order(size: int, n: int, dtype: torch.dtype = torch.float32) -
 def sums(transport: Transport) -> dict[tuple[str, int], Tensor]:
     found = {}
     for n in SIZES:
+        own = own_values(transport.rank, n)
         for name, all_reduce in ALL_REDUCE.items():
-            tensor = own_values(transport.rank, n)
+            tensor = own.clone()
             all_reduce(transport, tensor)
             found[name, n] = tensor
             allocated = transport.allocate(n, torch.float32, torch.device("cpu"))
-            allocated.copy_(own_values(transport.rank, n))
+            allocated.copy_(own)
             all_reduce(transport, allocated)
             assert torch.equal(allocated, tensor), f"{name} sums {n} elements otherwise where they were allocated"
         for dtype in (torch.int64, torch.bfloat16, torch.float16, torch.float64):
@@ -53,13 +54,13 @@ def sums(transport: Transport) -> dict[tuple[str, int], Tensor]:
 
 
 def assert_sums(by_rank: list[dict[tuple[str, int], Tensor]]) -> None:
+    expected = {n: added_in_rank_order(len(by_rank), n) for n in SIZES}
     for (name, n), tensor in by_rank[0].items():
         for other in by_rank[1:]:
             assert torch.equal(other[name, n], tensor), f"{name}: ranks got different bits of {n} elements"
-        expected = added_in_rank_order(len(by_rank), n)
         if name in IN_RANK_ORDER:
-            assert torch.equal(tensor, expected), f"{name} did not add {n} elements in rank order"
-        torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-4)
+            assert torch.equal(tensor, expected[n]), f"{name} did not add {n} elements in rank order"
+        torch.testing.assert_close(tensor, expected[n], rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 8])

@@ -15,7 +15,7 @@ from distloop.build import Builder, Place
 from distloop.errors import ConfigError
 from distloop.settings import from_file, from_mapping, resolve
 from distloop.site import Site
-from distloop.tasks import make_task
+from distloop.tasks import gan, make_task
 from distloop.tasks.gan import GAN, judged, means, verdict
 from distloop.transports import Alone, Transport
 from distloop.world import World
@@ -53,7 +53,9 @@ def run(transport: Transport, folder: str, sections: dict[str, Any]) -> list[dic
     }
     resolved = resolve(from_file(CONFIG), from_mapping(small), from_mapping(sections))
     world = World(transport.rank, transport.size, transport.rank, transport.size, "test")
-    result = Builder(resolved).session(Place(world, transport, torch.device("cpu"))).run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gan, "JUDGE_EPOCHS", 1)  # that it knows digits is tested elsewhere
+        result = Builder(resolved).session(Place(world, transport, torch.device("cpu"))).run()
     return [json.loads(line) for line in (result.directory / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -90,7 +92,8 @@ def test_samples_are_drawn_after_each_evaluation_and_those_of_the_kept_model_las
     assert (tmp_path / "g" / "samples.png").read_bytes() == kept.read_bytes()
 
 
-def test_what_is_evaluated_is_the_average_if_there_is_one() -> None:
+def test_what_is_evaluated_is_the_average_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gan, "JUDGE_EPOCHS", 1)
     with_average, without = GAN(width=8, samples=40), GAN(width=8, samples=40, average=0.0)
     for task in (with_average, without):
         task.join(Site(World(), Alone(), torch.device("cpu"), 0))
