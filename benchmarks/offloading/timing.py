@@ -20,12 +20,11 @@ from offloading.device import Accelerator, EmulatedLink
 from offloading.serial import Serial
 from offloading.training import learner_of, train
 
-LAYERS, WIDTH = 64, 2**18  # parameters of a layer, which is a bucket: as many as 0.8 B parameters have on a GPU
+LAYERS, WIDTH = 64, 2**19  # parameters of a layer, which is a bucket: as many buckets as 0.8 B parameters have on a GPU
 PARAMETERS = LAYERS * WIDTH
 OPTIONS = {"bucket_mb": 2 * WIDTH / 2**20, "weights": torch.bfloat16}
 CLIP = 1.0  # of a norm of about 80: it always clips
 WARM_UP = 2  # steps of a turn that are not timed: nothing of a step before is under way yet
-AT_ONCE = 1e-3  # seconds within which the next shard follows if it was not waited for
 ADAM = 0.15  # seconds for all parameters, of which its arithmetic is a part
 
 
@@ -54,19 +53,18 @@ REGIMES = [
 class PacedOptimizer(Optimizer):
     """Does the arithmetic, then waits until an emulated host would have done it: the cores here are not ours alone.
 
-    That the wait ends late, by less than the piece takes, is taken off the next piece, if that follows at once.
+    That a wait ends late is taken off the next one.
     """
 
-    late = woken = 0.0
+    late = 0.0
 
     def apply(self, collected: Collected, shard: OptimizerShard) -> None:
         begin = time.perf_counter()
         super().apply(collected, shard)
-        seconds = ADAM * sum(values.numel() for group in shard.groups for values in group.values) / PARAMETERS
-        end = begin + seconds - (self.late if begin - self.woken < AT_ONCE else 0.0)
+        numel = sum(values.numel() for group in shard.groups for values in group.values)
+        end = begin + ADAM * numel / PARAMETERS - self.late
         time.sleep(max(0.0, end - time.perf_counter()))
-        self.woken = time.perf_counter()
-        self.late = min(max(0.0, self.woken - end), seconds)
+        self.late = min(max(0.0, time.perf_counter() - end), 1e-3)
 
 
 class Side:
