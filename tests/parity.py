@@ -487,7 +487,8 @@ def difference(one: Outcome, other: Outcome) -> float:
 
     At any step it is that of the gradients; where a strategy keeps them to itself, that of the parameters they led to.
     """
-    steps, others = (one.trajectory, other.trajectory) if one.trajectory else (one.gradients, other.gradients)
+    hidden = one.trajectory and not one.gradients
+    steps, others = (one.trajectory, other.trajectory) if hidden else (one.gradients, other.gradients)
     assert len(steps) == len(others), (len(steps), len(others))
     pairs = [*zip(steps, others, strict=True), (one.parameters, other.parameters)]
     return max(_relative(a, b) for a, b in pairs)
