@@ -65,9 +65,8 @@ class Method:
         path, _, kind = name.partition(":")
         if not kind or (path.startswith("torch.optim") and kind in ELEMENT_WISE):
             return
-        if getattr(
-            import_object(name, f"{self._resolved.source('optimizer.name')}: optimizer.name"), "element_wise", False
-        ):
+        made = import_object(name, f"{self._resolved.source('optimizer.name')}: optimizer.name")
+        if getattr(made, "element_wise", False):
             return
         raise self._resolved.error(
             "optimizer.name",

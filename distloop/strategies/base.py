@@ -89,9 +89,7 @@ class Strategy(ABC):
     shards: Sequence[Shard]  # what this rank's optimizer updates
     plan: Sequence[str] = ()  # what it sends in a step, in order; where it is known
     about = ""  # what a user may want to know before the training
-    on_host = (
-        False  # whether shards lie in the host's memory, and are rounded to the model's precision on their way back
-    )
+    on_host = False  # whether shards lie in the host's memory, and are rounded on their way back to the model
     needs_every_gradient = False  # whether each rank's loss must reach every parameter
     sends_every_backward = False  # whether ranks wait for each other in every backward, not in the final one alone
     # What the next few say concerns strategies with an engine of their own, which have no shards to hand out.

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
-PATIENCE = 0.5  # seconds for which the lane's end waits for its thread
+from distloop.strategies.own_thread import OwnThread
 
 
 class ClosedError(Exception):
     """What was waited for will not come: its strategy was closed."""
 
 
-class Lane:
+class Lane(OwnThread):
     """Runs ``send(0)``, ``send(1)``, ... one after the other, each once it is ready.
 
     While backward still runs, a thread of the lane's own does it. Whoever waits for a bucket that nobody has begun to
@@ -20,12 +19,10 @@ class Lane:
     """
 
     def __init__(self, send: Callable[[int], None], *, threaded: bool):
+        super().__init__("collecting gradients")
         self._send, self._threaded = send, threaded
-        self._changed = threading.Condition()
         self._ready = self._done = 0
-        self._busy = self._closed = False
-        self._failure: BaseException | None = None
-        self._thread: threading.Thread | None = None
+        self._busy = False
 
     def start(self) -> None:
         """Begin a step: nothing is ready, nothing done."""
@@ -35,13 +32,10 @@ class Lane:
         """Say that the first ``count`` buckets may be sent; ``soon_awaited``: the caller comes for them next."""
         with self._changed:
             self._ready = count
-            if not self._threaded or soon_awaited:
+            if self._threaded and not soon_awaited:
+                self._wake()
+            else:
                 self._changed.notify_all()
-                return
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="collecting gradients", daemon=True)
-                self._thread.start()
-            self._changed.notify_all()
 
     def wait(self, number: int) -> None:
         """Return when bucket ``number`` has been sent; raise what went wrong with it or with one before.
@@ -65,15 +59,6 @@ class Lane:
     def wait_for_ready(self) -> None:
         """Return when everything that is ready has been sent."""
         self.wait(self._ready - 1)
-
-    def close(self) -> None:
-        """End the thread; after a failure it may be waiting for another rank, and ends when that is over."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join(PATIENCE)
-            self._thread = None
 
     def _work(self) -> None:
         with self._changed:
