@@ -20,6 +20,8 @@ class Serial(Strategy):
         early: gradients go down beside backward, bucket by bucket, as DeepSpeed's do with ``overlap_comm``.
     """
 
+    on_host = True
+
     def __init__(self, parameters: Parameters, options: Options, link: Link, *, early: bool = False):
         super().__init__(parameters, Alone())
         self._link, self._early = link, early

@@ -63,43 +63,18 @@ Ready = Callable[[nn.Module], tuple[Callable[[Any], None], Callable[[], None]]]
 
 
 def _distloop(wanted: dict[str, Any], size: int) -> Ready:
-    from distloop.cpu_adam import cpu_adam
-    from distloop.learner import Learner
-    from distloop.optimizer import Adam, Optimizer
-    from distloop.schedules import Constant
     from distloop.strategies import Options, Strategy, make
     from distloop.strategies.zero_offload import ZeroOffload
-    from distloop.transforms import ClipByNorm
     from distloop.transports import Alone
     from distloop.transports.join import join
     from distloop.world import World
     from offloading.device import Clock, EmulatedLink
+    from offloading.training import learner_of, train
 
     rank = int(os.environ["RANK"])
     world = World(rank, size, rank, size, "benchmark")
     by_torch = wanted["side"] == "ddp"
     transport = join(world, "auto", timeout=60.0, torch_collects=by_torch)[0] if size > 1 else Alone()
-
-    class Objective:
-        def __init__(self, model: nn.Module):
-            self.model = model
-
-        def guess(self, batch: Any) -> Any:
-            return self.model(*batch)
-
-        def targets(self, batch: Any) -> None: ...
-
-        def loss(self, guesses: Tensor, targets: None) -> Tensor:
-            return guesses
-
-    class Micro:
-        final = True
-
-        def __init__(self, batch: Any):
-            self.batch = batch
-
-        def share(self, name: str) -> float:
-            return 1.0 / size
 
     def ready(model: nn.Module) -> Any:
         weights = torch.bfloat16 if wanted["half"] else None
@@ -110,20 +85,10 @@ def _distloop(wanted: dict[str, Any], size: int) -> Ready:
             strategy: Strategy = ZeroOffload(parameters, transport, options, EmulatedLink(Clock(), 4e9))
         else:
             strategy = make(wanted["side"], parameters, transport, options)
-        rule = cpu_adam("native", (0.9, 0.999), 1e-8, True) if strategy.on_host else Adam(decoupled=True)
-        optimizer = Optimizer(rule, strategy.shards, dict.fromkeys(parameters, 0.01))
-        chain = [ClipByNorm(1.0)] if wanted["clip"] else []
-        learner = Learner(
-            "model", Objective(model), strategy, optimizer, lr=1e-4, schedule=Constant(), transforms=chain
-        )
+        learner = learner_of(model, strategy, clip=1.0 if wanted["clip"] else None)
 
-        def step(batch: Any) -> None:
-            micro: Any = Micro(batch)
-            gradients = learner.gradients(learner.loss(learner.guess(micro), None), micro)
-            for i, collected in gradients.collect():
-                optimizer.apply(collected, learner.parameters[i])
-                learner.broadcast(i)
-            learner.take_losses()
+        def step(batch: Tensor) -> None:
+            train(learner, batch, 1.0 / size)
 
         def finish() -> None:
             strategy.finish()
@@ -153,7 +118,7 @@ def _deepspeed(wanted: dict[str, Any], size: int) -> Ready:
         engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=configuration)[0]
 
         def step(batch: Any) -> None:
-            engine.backward(engine(*batch))
+            engine.backward(engine(batch))
             engine.step()
 
         return step, dist.destroy_process_group
@@ -197,10 +162,10 @@ def _model(wanted: dict[str, Any]) -> nn.Module:
     return _Tower(wanted["width"], wanted["layers"]) if wanted["model"] == "tower" else _Language(wanted)
 
 
-def _batch(wanted: dict[str, Any], generator: torch.Generator) -> tuple[Tensor]:
+def _batch(wanted: dict[str, Any], generator: torch.Generator) -> Tensor:
     if wanted["model"] == "tower":
-        return (torch.randn(wanted["batch"], wanted["width"], generator=generator),)
-    return (torch.randint(256, (wanted["batch"], wanted["context"] + 1), generator=generator),)
+        return torch.randn(wanted["batch"], wanted["width"], generator=generator)
+    return torch.randint(256, (wanted["batch"], wanted["context"] + 1), generator=generator)
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
