@@ -78,10 +78,26 @@ class NonFiniteError(DistloopError):
     exit_code = 13
 
 
+class CheckpointError(DistloopError):
+    """A checkpoint is damaged, or what should go into one cannot."""
+
+    exit_code = 20
+
+
+class NoCheckpointError(CheckpointError):
+    """There are checkpoints, and none of them is valid."""
+
+
 class StorageError(DistloopError):
     """The run directory or a file in it cannot be written."""
 
     exit_code = 21
+
+
+class BusyError(DistloopError):
+    """Another job works in this run directory."""
+
+    exit_code = 22
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     ["errors"],
     ["world", "native", "host_memory"],
+    ["checkpoints"],
     ["transports"],
     ["collectives", "messages"],
     ["strategies"],
@@ -29,7 +30,7 @@ FLOORS = [
     ["observers", "tasks"],
     ["yaml_file", "layers", "config", "settings"],
     ["build"],
-    ["api", "failure", "plot"],
+    ["api", "failure", "plot", "checkpoint_cli"],
     ["cli", "__main__", "__init__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
