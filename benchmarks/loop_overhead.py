@@ -166,9 +166,13 @@ class SameOrder:
         return self.samples // (self.per_rank * self.ranks)
 
     def __iter__(self) -> Any:
-        from distloop.data import permutation
+        import torch
 
-        order, whole = permutation(0, self.epoch, self.samples).tolist(), self.per_rank * self.ranks
+        from distloop.data import derive_seed
+        from distloop.order import Order
+
+        permutation = Order(derive_seed("order", 0, self.epoch), self.samples)
+        order, whole = permutation(torch.arange(self.samples)).tolist(), self.per_rank * self.ranks
         self.epoch += 1
         for start in range(self.rank * self.per_rank, self.samples, whole):
             yield order[start : start + self.per_rank]

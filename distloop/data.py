@@ -1,8 +1,9 @@
 """Which sample is in which global batch on which rank, as arithmetic; and how it gets there.
 
-Global batch k of an epoch is ``order[k*G : (k+1)*G]``, where ``order`` depends on the seed and the epoch alone. Rank r
-of N takes a contiguous N-th of it. The last batch is smaller where G does not divide the number of samples: nothing is
-repeated, padded in or dropped, and a rank may get nothing.
+Global batch k of an epoch is ``order[k*G : (k+1)*G]``, where ``order`` depends on the seed and the epoch alone, and is
+computed where it is needed (see :mod:`distloop.order`). Rank r of N takes a contiguous N-th of it. The last batch is
+smaller where G does not divide the number of samples: nothing is repeated, padded in or dropped, and a rank may get
+nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import tee
 from typing import Any, NamedTuple, Protocol
 
@@ -18,7 +20,8 @@ import torch
 from torch import Tensor
 
 from distloop.errors import ConfigError, DataError
-from distloop.loading import Fetch, Loading, ToDevice, loader_batches
+from distloop.loading import Fetch, Loading, Request, ToDevice, loader_batches
+from distloop.order import Order, in_order
 from distloop.transports import Alone, Rows, Transport
 from distloop.world import World
 
@@ -76,16 +79,11 @@ class Plan:
         return -(-largest // (self.micro_batch_size or largest))
 
 
+@lru_cache(maxsize=256, typed=True)
 def derive_seed(*parts: int | str) -> int:
     """Return a 63-bit seed that depends on all parts, and nearby parts give unrelated seeds."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
-
-
-def permutation(seed: int, epoch: int, samples: int) -> Tensor:
-    """Return the order of an epoch: a permutation of ``range(samples)``, the same on every rank."""
-    generator = torch.Generator().manual_seed(derive_seed("order", seed, epoch))
-    return torch.randperm(samples, generator=generator)
 
 
 @dataclass(slots=True)
@@ -140,12 +138,16 @@ class Dataset(Protocol):
 class Assembly(ABC):
     """Global batches, read, moved and weighed as ``cuts`` says.
 
+    What a data set draws at random is seeded by (seed, epoch, sample): see :mod:`distloop.draws`.
+
     Args:
         samples: anything with ``__len__`` and ``__getitem__``; with ``__getitems__`` whole batches are fetched at once.
         shuffle: whether each epoch has an order of its own; else samples come as they are.
         weighers: by learner, what a batch weighs, where that is not its number of samples. The global weight is then
             agreed on by one small all-gather, launched one global batch ahead so that nobody waits for it.
     """
+
+    steps: int  # global batches in an epoch
 
     def __init__(
         self,
@@ -166,13 +168,19 @@ class Assembly(ABC):
         self._weighers = dict(weighers or {})
         self._transport = transport or Alone()
 
-    def extract(self, epoch: int, world: World) -> Iterator[Minibatch]:
-        """Yield this rank's share of each global batch of ``epoch``."""
+    def extract(self, epoch: int, world: World, start: int = 0) -> Iterator[Minibatch]:
+        """Yield this rank's share of each global batch of ``epoch``; the first ``start`` are passed over unread.
+
+        Raises:
+            DataError: an epoch has fewer than ``start``; or a sample cannot be read.
+        """
+        if not 0 <= start <= self.steps:
+            raise DataError(f"epoch {epoch} has {self.steps} global batches; it cannot begin after {start} of them")
         if not self._weighers:
-            yield from map(self._moved, self._assemble(epoch, world))
+            yield from map(self._moved, self._assemble(epoch, world, start))
             return
         ahead: tuple[Minibatch, Rows] | None = None
-        for minibatch in self._assemble(epoch, world):
+        for minibatch in self._assemble(epoch, world, start):
             rows = self._weigh(minibatch)  # while it is still on the host
             following = self._moved(minibatch), rows
             if ahead is not None:
@@ -182,13 +190,20 @@ class Assembly(ABC):
             yield self._agreed(*ahead)
 
     @abstractmethod
-    def cuts(self, epoch: int, world: World) -> Iterator[Cut]:
-        """Yield this rank's part of each global batch, as the indices of its micro-batches."""
+    def cuts(self, epoch: int, world: World, start: int = 0) -> Iterator[Cut]:
+        """Yield this rank's part of each global batch from ``start`` on, as the indices of its micro-batches."""
 
-    def _assemble(self, epoch: int, world: World) -> Iterator[Minibatch]:
+    def draws(self, epoch: int, world: World, position: Position) -> int:
+        """Return what seeds the samples of a global batch, together with their indices."""
+        return derive_seed("samples", self.seed, epoch)
+
+    def _assemble(self, epoch: int, world: World, start: int) -> Iterator[Minibatch]:
         # The reader runs ahead of the steps, so that it can read for several of them at once.
-        ahead, cuts = tee(self.cuts(epoch, world))
-        batches = self._read((indices for _, parts in ahead for indices in parts), epoch, world)
+        ahead, cuts = tee(self.cuts(epoch, world, start))
+        wanted = (
+            Request(indices, self.draws(epoch, world, position)) for position, parts in ahead for indices in parts
+        )
+        batches = self._read(wanted)
         for position, parts in cuts:
             samples = position.samples
             held = [MicroBatch(next(batches), len(part) / samples, False) for part in parts]
@@ -200,16 +215,10 @@ class Assembly(ABC):
         """Return how many micro-batches each rank has of a global batch at least; what it lacks is without samples."""
         return 1
 
-    def _read(self, indices: Iterator[Tensor], epoch: int, world: World) -> Iterator[Any]:
-        """Yield the batch of each index tensor."""
+    def _read(self, requests: Iterator[Request]) -> Iterator[Any]:
         if self._loading.workers == 0:
-            return self._fetch.all(indices)
-        return loader_batches(
-            self._fetch,
-            list(indices),
-            seed=derive_seed("loader", self.seed, epoch, world.rank),
-            loading=self._loading,
-        )
+            return self._fetch.all(requests)
+        return loader_batches(self._fetch, requests, loading=self._loading)
 
     def _moved(self, minibatch: Minibatch) -> Minibatch:
         """Start moving the batches to where the model is."""
@@ -257,19 +266,22 @@ class Batches(Assembly):
         if plan.samples == 0:
             raise DataError("the data set is empty: there is nothing to train on")
         super().__init__(samples, **options)
-        self.plan, self.in_step = plan, in_step
+        self.plan, self.in_step, self.steps = plan, in_step, plan.steps
 
     def first(self, samples: int) -> Any:
         """Return a batch of at most so many samples, the first ones."""
-        return self._to_device(self._fetch(torch.arange(min(samples, self.plan.samples))))
+        wanted = Request(torch.arange(min(samples, self.plan.samples)), derive_seed("samples", self.seed, 0))
+        return self._to_device(self._fetch(wanted))
 
-    def cuts(self, epoch: int, world: World) -> Iterator[Cut]:
+    def cuts(self, epoch: int, world: World, start: int = 0) -> Iterator[Cut]:
+        order = Order(derive_seed("order", self.seed, epoch), self.plan.samples) if self.shuffle else None
+        return in_order(order, self._parts(world, start))
+
+    def _parts(self, world: World, start: int) -> Iterator[tuple[Position, list[range]]]:
         plan = self.plan
-        order = permutation(self.seed, epoch, plan.samples) if self.shuffle else torch.arange(plan.samples)
-        for step in range(plan.steps):
+        for step in range(start, plan.steps):
             parts = plan.micro_batches(step, world.rank, world.size)
-            position = Position(step, len(plan.batch(step)), step == plan.steps - 1)
-            yield position, [order[part.start : part.stop] for part in parts]
+            yield Position(step, len(plan.batch(step)), step == plan.steps - 1), parts
 
     def least(self, position: Position, world: World) -> int:
         if not self.in_step:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distloop.data import Assembly, Cut, Plan, Position, derive_seed, permutation
+from distloop.data import Assembly, Cut, Plan, Position, derive_seed
 from distloop.errors import ConfigError, DataError
+from distloop.order import Order, in_order
 from distloop.world import World
 
 
@@ -63,17 +65,27 @@ class UnevenBatches(Assembly):
         self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
         super().__init__(own.samples, **options)
 
-    def cuts(self, epoch: int, world: World) -> Iterator[Cut]:
+    def cuts(self, epoch: int, world: World, start: int = 0) -> Iterator[Cut]:
         own = self.counts[world.rank]
-        sizes, parts = interleave(self.counts, world.rank, self._global_batch_size)
-        for number in range(self.passes):
-            order = torch.arange(own)
-            if self.shuffle:
-                order = permutation(derive_seed("own", self.seed, world.rank, number), epoch, own)
-            for step, (size, part) in enumerate(zip(sizes, order.split(parts), strict=True)):
-                last = number == self.passes - 1 and step == len(sizes) - 1
-                pieces = part.split(self._micro_batch_size or max(len(part), 1)) if len(part) else ()
-                yield Position(number * len(sizes) + step, size, last), list(pieces)
+        sizes, counts = interleave(self.counts, world.rank, self._global_batch_size)
+        for number in range(start // len(sizes), self.passes):
+            seed = derive_seed("order", derive_seed("own", self.seed, world.rank, number), epoch)
+            order = Order(seed, own) if self.shuffle else None
+            yield from in_order(order, islice(self._parts(number, sizes, counts), start % len(sizes), None))
+            start = 0
+
+    def draws(self, epoch: int, world: World, position: Position) -> int:
+        number = position.batch * self.passes // self.steps
+        return derive_seed("samples", derive_seed("own", self.seed, world.rank, number), epoch)
+
+    def _parts(self, number: int, sizes: list[int], counts: list[int]) -> Iterator[tuple[Position, list[range]]]:
+        """Yield the positions of each global batch of a pass in this rank's order, as micro-batches."""
+        end = 0
+        for step, (size, count) in enumerate(zip(sizes, counts, strict=True), number * len(sizes)):
+            begin, end = end, end + count
+            micro = self._micro_batch_size or max(count, 1)
+            parts = [range(i, min(i + micro, end)) for i in range(begin, end, micro)]
+            yield Position(step, size, step == self.steps - 1), parts
 
 
 def interleave(counts: list[int], rank: int, global_batch_size: int) -> tuple[list[int], list[int]]:

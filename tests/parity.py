@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 from distloop import optimizer as optimizers
 from distloop.averages import MovingAverage
-from distloop.data import Batches, Plan, derive_seed, permutation
+from distloop.data import Batches, Plan, derive_seed
 from distloop.learner import Learner, trained_parameters
 from distloop.loop import train
+from distloop.order import Order
 from distloop.schedules import Constant
 from distloop.strategies import Options, Recipe, Segment, Strategy, make
 from distloop.tasks import actor_critic
@@ -440,6 +441,11 @@ def trained_plainly(case: Case) -> Outcome:
 
 def _generator(objectives: Mapping[str, Any]) -> Sequence[tuple[str, Tensor]]:
     return list(objectives["generator"].model.named_parameters()) if "generator" in objectives else []
+
+
+def permutation(seed: int, epoch: int, samples: int) -> Tensor:
+    """Return the order of an epoch."""
+    return Order(derive_seed("order", seed, epoch), samples)(torch.arange(samples))
 
 
 def global_batches(case: Case) -> Iterator[Tensor]:

@@ -21,7 +21,7 @@ FLOORS = [
     ["strategies"],
     ["transforms", "schedules"],
     ["optimizer", "cpu_adam"],
-    ["loading", "data", "uneven", "site", "memory", "averages", "losses", "first_step"],
+    ["order", "draws", "loading", "data", "uneven", "site", "memory", "averages", "losses", "first_step"],
     ["learner", "turns"],
     ["checkpoint"],
     ["loop"],

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from distloop.averages import MovingAverage
 from distloop.build.models import refuse_what_runs_models
-from distloop.data import Plan, permutation
+from distloop.data import Plan
 from distloop.errors import ConfigError, NonFiniteError, WorldError
 from distloop.learner import trained_parameters
 from distloop.strategies import Options, Recipe, Strategy, check, make
 from distloop.strategies.deepspeed import extension, settings
 from distloop.transports import Alone, Transport
-from tests.parity import Case, Outcome, difference, make_data, make_objectives, trained_plainly
+from tests.parity import Case, Outcome, difference, make_data, make_objectives, permutation, trained_plainly
 from tests.ranks import in_processes, run_command
 
 pytestmark = pytest.mark.skipif(

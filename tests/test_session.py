@@ -89,7 +89,7 @@ def test_the_logged_loss_is_that_of_the_global_batches(tmp_path: Path) -> None:
     plain, (train, _) = task(), problem()
     model = plain.objectives["model"].model
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
-    from distloop.data import permutation
+    from tests.parity import permutation
 
     for epoch in range(2):
         for chosen in permutation(0, epoch, 60).split(8):

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from distloop import optimizer as optimizers
 from distloop.build.method import Method
 from distloop.collectives.sharded import all_gather, reduce_scatter, unit
-from distloop.data import Plan, permutation
+from distloop.data import Plan
 from distloop.errors import ConfigError, RankDiedError
 from distloop.learner import Learner
 from distloop.schedules import Constant
@@ -35,6 +35,7 @@ from tests.parity import (
     difference,
     make_data,
     make_objectives,
+    permutation,
     run_cases,
     tolerance,
     trained_by_distloop,
