@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from distloop.collectives.auto import Auto
 from distloop.collectives.auto import calibrate as calibrate_transport
 from distloop.errors import WorldError, found_by_all
 from distloop.failure import parting
+from distloop.layers import Setting
 from distloop.records import Observer, Result
 from distloop.settings import Resolved, from_environment, from_file, from_mapping, resolve
 from distloop.strategies.plans import WIRE
@@ -25,6 +27,7 @@ def fit(
     *,
     observers: Sequence[Observer] = (),
     config: str | Path | None = None,
+    resume: str | Path | None = None,
     **sections: Mapping[str, Any],
 ) -> Result:
     """Train ``task`` and return how it went; its models are then the best ones.
@@ -38,6 +41,8 @@ def fit(
         task: what to learn, for instance a :class:`distloop.Supervised`.
         observers: called on rank 0 with every :class:`distloop.Record`; returning True asks for a stop.
         config: a configuration file to start from.
+        resume: "auto" goes on in the run directory ``log.name``, if it is there; a path in that run, or from that
+            checkpoint.
         sections: sections of the configuration, as in ``optimizer={"name": "sgd", "lr": 0.1}``.
 
     Raises:
@@ -49,7 +54,8 @@ def fit(
     for layer in layers:  # what a file says of its own task is not about this one
         for key in [key for key in layer if key.startswith("task.")]:
             del layer[key]
-    resolved = resolve(name, *layers, from_environment(), from_mapping(sections))
+    asked = {} if resume is None else {"checkpoint.resume": Setting(os.fspath(resume), "argument resume")}
+    resolved = resolve(name, *layers, from_environment(), from_mapping(sections), asked)
     return run(resolved, World.from_environment(), task=task, observers=observers)
 
 

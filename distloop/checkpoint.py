@@ -28,6 +28,24 @@ def model_state(models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     return state
 
 
+def distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return copies of all tensors on the CPU, one of those that are the same, and which name stands for which other.
+
+    Views of one memory may not be stored as such, and one tensor under two names is stored once.
+    """
+    seen: dict[tuple[object, ...], str] = {}
+    copies: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    for key, value in state.items():
+        same = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
+        first = seen.setdefault(same, key) if value.numel() else key
+        if first != key:
+            tied[key] = first
+        else:
+            copies[key] = torch.empty_like(value, device="cpu", memory_format=torch.contiguous_format).copy_(value)
+    return copies, tied
+
+
 def save_model(path: Path, models: Mapping[str, nn.Module]) -> None:
     """Write the models to ``path``: the whole file or none, also if this process is killed meanwhile.
 
@@ -38,16 +56,7 @@ def save_model(path: Path, models: Mapping[str, nn.Module]) -> None:
     """
     from safetensors.torch import save
 
-    seen: dict[tuple[object, ...], str] = {}
-    state: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
-    for key, value in model_state(models).items():
-        same = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
-        first = seen.setdefault(same, key) if value.numel() else key
-        if first != key:
-            tied[key] = first  # one tensor under two names is stored once
-        else:
-            state[key] = value.detach().cpu().contiguous().clone()  # views of one memory may not be stored as such
+    state, tied = distinct(model_state(models))
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_bytes(save(state, metadata={"format": "pt", **tied}))

@@ -41,7 +41,12 @@ def cli() -> None:
 
 
 @cli.command(cls=_Command, context_settings=SETTINGS_FOLLOW, short_help="Train a configuration or a task.")
-@click.argument("target")
+@click.argument("target", required=False)
+@click.option(
+    "--resume",
+    metavar="auto|PATH",
+    help="Go on: auto in the run directory log.name, if it is there; PATH is a run, or one of its checkpoints.",
+)
 @click.option(
     "--simulate",
     "ranks",
@@ -51,10 +56,11 @@ def cli() -> None:
 )
 @click.option("--traceback", is_flag=True, help="Show where in the code an error comes from.")
 @click.pass_context
-def train(context: click.Context, target: str, ranks: int | None, traceback: bool) -> None:
+def train(context: click.Context, target: str | None, resume: str | None, ranks: int | None, traceback: bool) -> None:
     """Train what TARGET says.
 
     TARGET is a configuration file, a supplied task (digits, gan, ...), or a task of your own as package.module:Class.
+    With --resume PATH it may be left out: the run's own configuration counts.
 
     Alone this trains in one process. Under torchrun every rank does its part:
 
@@ -68,7 +74,7 @@ def train(context: click.Context, target: str, ranks: int | None, traceback: boo
         world = World.from_environment()
         with found_by_all():
             _check_simulation(ranks, world)
-            resolved = _resolve(target, context.args)
+            resolved = _resolve(*_resumed(target, resume, context.args))
         from distloop.api import run
 
         return (run(resolved, world) if ranks is None else _simulate(resolved, ranks)).exit_code
@@ -180,6 +186,25 @@ def plot(
         return 0
 
     guarded(work, traceback=traceback)
+
+
+def _resumed(target: str | None, resume: str | None, arguments: list[str]) -> tuple[str, list[str]]:
+    """Return target and settings with what ``--resume`` says."""
+    if target is not None and target.startswith("-"):  # the first setting, where there is no target
+        arguments = [target, *arguments]
+        target = None
+    if resume is not None:
+        arguments = [*arguments, "--checkpoint.resume", resume]
+    if target is not None:
+        return target, arguments
+    if resume is None or resume == "auto":
+        raise ConfigError("command line: TARGET is missing: what is to be trained? (--resume PATH knows it by itself)")
+    path = Path(resume)
+    run = path.parent.parent if path.parent.name == "checkpoints" else path
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"command line --resume: {resume}: is no run directory: it has no config.yaml")
+    arguments = ["--log.directory", str(run.parent), "--log.name", run.name, *arguments]
+    return str(run / "config.yaml"), arguments
 
 
 def _resolve(target: str, arguments: list[str]) -> Resolved:

@@ -161,6 +161,22 @@ class MonitorSection(Section):
     explosion: PositiveFloat | None = Field(1000.0, description="stop if the loss exceeds this many times the first")
 
 
+class CheckpointSection(Section):
+    enabled: bool = Field(True, description="save checkpoints, and the last one when the run is stopped or ends")
+    every_steps: Positive | None = Field(None, description="save after this many steps")
+    every_epochs: Positive | None = Field(None, description="save after this many epochs")
+    every_seconds: PositiveFloat | None = Field(300.0, description="save after this much time")
+    keep_last: Positive = Field(3, description="how many stay, the newest")
+    keep_every: Positive | None = Field(None, description="those of every so many steps stay too")
+    background: bool = Field(True, description="write beside the training")
+    grace: PositiveFloat = Field(
+        30.0, description="seconds between a signal and the kill that follows; a save that takes longer is warned of"
+    )
+    resume: str | None = Field(
+        None, description="auto: go on in the run directory log.name if it is there; or the path of a run or checkpoint"
+    )
+
+
 class LogSection(Section):
     every: Positive = Field(50, description="steps between two log lines")
     directory: str = Field("runs", description="where run directories are made")
@@ -207,5 +223,6 @@ class Config(Section):
     train: TrainSection = TrainSection()
     evaluate: EvaluateSection = EvaluateSection()
     monitor: MonitorSection = MonitorSection()
+    checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
     world: WorldSection = WorldSection()

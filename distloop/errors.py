@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 INTERRUPTED = 130  # 128 + SIGINT
 TERMINATED = 143  # 128 + SIGTERM
+REQUEUE = 75  # EX_TEMPFAIL: checkpointed, to be started again
 
 
 class DistloopError(Exception):
@@ -98,6 +99,12 @@ class BusyError(DistloopError):
     """Another job works in this run directory."""
 
     exit_code = 22
+
+
+def by_exit_code(code: int) -> type[DistloopError]:
+    """Return the kind of error that ends with this exit code: another rank has said which it met."""
+    kinds = {kind.exit_code: kind for kind in DistloopError.__subclasses__()}
+    return kinds.get(code, DistloopError)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

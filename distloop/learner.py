@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Protocol
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from distloop.ahead import Ahead
 from distloop.averages import MovingAverage
 from distloop.data import MicroBatch
 from distloop.errors import ConfigError
@@ -109,7 +109,7 @@ class Learner:
         self._precision = precision
         self._check: FirstStepCheck | None = FirstStepCheck(name, strategy, refuse_unused=unused == "refuse")
         self._gradients = Gradients(self.collected)
-        self._ahead: _Ahead | None = None  # this step's update, if the strategy runs it by itself
+        self._ahead: Ahead | None = None  # this step's update, if the strategy runs it by itself
         strategy.watch(objective.model)
         self._updated: Callable[[], None] | None = getattr(objective, "updated", None)
 
@@ -161,7 +161,7 @@ class Learner:
                 self._check = None
         self.losses.append((share, loss.detach()))
         if micro_batch.final:
-            ahead = _Ahead(partial(self._transformed, self.lr), self._apply)
+            ahead = Ahead(partial(self._transformed, self.lr), self._apply)
             self._ahead = ahead if self.strategy.ahead(ahead) else None
         weight = share if self._loss_scale is None else share * self._loss_scale.scale
         self.strategy.backward(loss, weight, final=micro_batch.final)
@@ -206,10 +206,7 @@ class Learner:
 
         Those of the model and of its moving averages; between evaluations BatchNorm's are each rank's own.
         """
-        models = [
-            self.objective.model,
-            *(m for m in held_modules(self.objective).values() if isinstance(m, MovingAverage)),
-        ]
+        models = list(self._with_buffers().values())
         statistics = {
             id(buffer): buffer
             for model in models
@@ -227,6 +224,31 @@ class Learner:
         for buffer in (buffer for model in models for buffer in model.buffers()):
             if id(buffer) not in statistics:
                 transport.broadcast(buffer)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return the buffers that :meth:`average_statistics` makes equal, by name."""
+        return {f"{name}/{key}": b for name, model in self._with_buffers().items() for key, b in model.named_buffers()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return, in JSON's types, what decides how it goes on, beside model and optimizer."""
+        scale = self.strategy.counters() if self._loss_scale is None else self._loss_scale.state_dict()
+        return {
+            "step": self.step,
+            "skipped": self.skipped,
+            "loss_scale": {key: value for key, value in scale.items() if key != "updates"},
+            "schedule": self.schedule.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.step, self.skipped = state["step"], state["skipped"]
+        self.schedule.load_state_dict(state["schedule"])
+        if self._loss_scale is not None and state["loss_scale"]:
+            self._loss_scale.load_state_dict(state["loss_scale"])
+
+    def _with_buffers(self) -> dict[str, nn.Module]:
+        averages = {n: m for n, m in held_modules(self.objective).items() if isinstance(m, MovingAverage)}
+        return {"model": self.objective.model, **averages}
 
     def _batch(self, micro_batch: MicroBatch) -> Any:
         """Return what to run, or NOTHING: there is no sample, or none of any weight (a mean over no tokens).
@@ -251,32 +273,6 @@ class Learner:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return autocast(self._device, self._precision)
-
-
-class _Ahead:
-    """What the loop does with gradients, done in a thread of the strategy's, beside backward and forward."""
-
-    def __init__(self, stream: Callable[[], Stream], apply: Callable[[int, Collected], None]):
-        self._stream, self._apply = stream, apply
-        self._decided = threading.Event()  # it has begun to apply, or has ended
-        self._failure: BaseException | None = None
-
-    def __call__(self) -> None:
-        try:
-            for i, collected in self._stream():
-                self._decided.set()
-                self._apply(i, collected)
-        except BaseException as failure:
-            self._failure = failure
-            raise
-        finally:
-            self._decided.set()
-
-    def await_decision(self) -> None:
-        """Return when the norm, and whether it has overflowed, are known."""
-        self._decided.wait()
-        if self._failure is not None:
-            raise self._failure
 
 
 class Gradients:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,8 @@ LEAST_IDLE = 0.01  # what is less is not worth a column
 
 
 class _Turn(NamedTuple):
-    update: Update
+    learner: str
+    losses: Sequence[tuple[float, Tensor]]  # this rank's (share of the global batch, loss)
     applied: bool
     step: int
 
@@ -56,7 +57,7 @@ class Ledger:
         learner = update.learner
         applied = learner.skipped == self._skipped[learner.name]
         self._skipped[learner.name] = learner.skipped
-        self._turns.append(_Turn(update, applied, step))
+        self._turns.append(_Turn(learner.name, update.losses, applied, step))
         if last:
             self._samples += update.position.samples
 
@@ -82,7 +83,7 @@ class Ledger:
         by_rank, busy, collecting = self._transport.all_gather(own).wait().split([len(turns), len(turns), 1], dim=1)
         losses: dict[str, list[float]] = {learner.name: [] for learner in self._learners}
         for i, (turn, loss) in enumerate(zip(turns, by_rank.sum(0).tolist(), strict=True)):
-            name = turn.update.learner.name
+            name = turn.learner
             self._check(name, loss, turn.step, by_rank[:, i])
             if turn.applied:
                 losses[name].append(loss)
@@ -95,6 +96,34 @@ class Ledger:
         self._samples, self._since = 0, now
         idle = _idle(busy, collecting, seconds)
         return values | ({"idle": idle} if idle >= LEAST_IDLE else {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return, in JSON's types, all that the next lines depend on, of all ranks; every rank calls it.
+
+        Raises:
+            NonFiniteError: as :meth:`close`.
+        """
+        turns = self._turns
+        rows = self._transport.all_gather(torch.stack([_local_losses(turns), _local_shares(turns)], 1)).wait()
+        for i, turn in enumerate(turns):
+            self._check(turn.learner, float(rows[:, i, 0].sum()), turn.step, rows[:, i, 0])
+        kept = [[turn.learner, turn.applied, turn.step, rows[:, i].tolist()] for i, turn in enumerate(turns)]
+        return {"turns": kept, "first": self._first}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`, on any number of ranks; after the learners."""
+        rank, size = self._transport.rank, self._transport.size
+        devices = {one.name: next(iter(one.strategy.parameters.values())).device for one in self._learners}
+        self._first = dict(state["first"])
+        self._skipped = {learner.name: learner.skipped for learner in self._learners}
+        self._turns = []
+        for learner, applied, step, rows in state["turns"]:
+            # Of other ranks than before each has an equal part of the sums.
+            loss, share = (
+                rows[rank] if len(rows) == size else [sum(column) / size for column in zip(*rows, strict=True)]
+            )
+            pairs = [(share, torch.tensor(loss / share, dtype=torch.float64, device=devices[learner]))] if share else []
+            self._turns.append(_Turn(learner, pairs, applied, step))
 
     def _values(self, learner: Learner, losses: list[float]) -> dict[str, Any]:
         values: dict[str, Any] = {
@@ -127,14 +156,15 @@ class Ledger:
 
 def _local_losses(turns: Sequence[_Turn]) -> Tensor:
     """Return this rank's part of the global loss of each turn, in double precision; one copy from the device."""
-    pairs = [turn.update.losses for turn in turns]
-    losses = iter(torch.stack([loss for own in pairs for _, loss in own]).double().tolist())
+    pairs = [turn.losses for turn in turns]
+    each = [loss for own in pairs for _, loss in own]
+    losses = iter(torch.stack(each).double().tolist() if each else ())
     return torch.tensor([sum(share * next(losses) for share, _ in own) for own in pairs], dtype=torch.float64)
 
 
 def _local_shares(turns: Sequence[_Turn]) -> Tensor:
     """Return this rank's share of the global batch of each turn."""
-    return torch.tensor([sum(share for share, _ in turn.update.losses) for turn in turns], dtype=torch.float64)
+    return torch.tensor([sum(share for share, _ in turn.losses) for turn in turns], dtype=torch.float64)
 
 
 def _idle(shares: Tensor, collecting: Tensor, seconds: float) -> float:

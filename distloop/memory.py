@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -141,6 +141,30 @@ class ReplayMemory:
             self._priorities.put(torch.arange(rows), state["priorities"])
             self._largest = float(state["largest_priority"])
 
+    def take_from(self, states: Sequence[Mapping[str, Tensor]], mine: Tensor) -> None:
+        """Go on from the states of several memories, of which this one gets a share, the oldest rows first.
+
+        Args:
+            states: as :meth:`state_dict` returned them.
+            mine: of as many rows in a row, of all memories and by age, which ones are this memory's; again and again.
+        """
+        parts = [[_by_age(state, key) for key in _fields(state)] for state in states if _fields(state)]
+        draws = sum(int(state["counters"][1]) for state in states)
+        self.added, self.draws, self._fields = 0, draws, []
+        if not parts:
+            return
+        # By age as far as that can be told: a memory's j-th row of n stands at (j + 1/2) / n.
+        age = torch.cat([(torch.arange(len(own[0]), dtype=torch.float64) + 0.5) / len(own[0]) for own in parts])
+        chosen = age.sort(stable=True).indices
+        chosen = chosen[mine[torch.arange(len(chosen)) % len(mine)]][-self.capacity :]
+        if not len(chosen):
+            return
+        self.add(*(torch.cat(columns)[chosen] for columns in zip(*parts, strict=True)))
+        if self._priorities is not None:
+            known = torch.cat([_by_age(state, "priorities") for state in states if _fields(state)])
+            self._priorities.put(torch.arange(len(chosen)), known[chosen])
+            self._largest = max(float(state["largest_priority"]) for state in states)
+
     def least(self) -> float:
         """Return the least of len(memory) P(i) over all rows; infinite if there is none."""
         if self._priorities is None:
@@ -153,6 +177,16 @@ class ReplayMemory:
         expected = len(self) * torch.from_numpy(self._priorities.leaves[places.numpy()]) / self._priorities.total
         floor = self.floor if self.floor is not None else self.least()
         return ((floor / expected) ** self.correction).clamp(max=1.0).float()
+
+
+def _fields(state: Mapping[str, Tensor]) -> list[str]:
+    return sorted((key for key in state if key.startswith("field_")), key=lambda key: int(key.removeprefix("field_")))
+
+
+def _by_age(state: Mapping[str, Tensor], key: str) -> Tensor:
+    """Return rows of a state from the oldest to the newest; a full memory goes round."""
+    rows = state[key]
+    return rows.roll(-int(state["counters"][0]) % len(rows), 0)
 
 
 class Priorities:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.rmsprop import rmsprop
 
 from distloop import host_memory
-from distloop.strategies import Shard
+from distloop.strategies import Segment, Shard
 from distloop.transforms import Collected
 
 
@@ -81,6 +81,17 @@ class Rule(ABC):
     def for_group(self, group: Group) -> Rule:
         """Return the rule that updates ``group``: this one, or another of the same arithmetic where this cannot."""
         return self
+
+    def state_of(self, group: Group) -> list[dict[str, Any]]:
+        """Return by segment what the rule remembers of it: tensors and numbers by name."""
+        return [{name: tensors[i] for name, tensors in group.state.items()} for i in range(len(group.values))]
+
+    def restore(self, group: Group, state: Sequence[Mapping[str, Any]]) -> None:
+        """Remember what :meth:`state_of` returned, by segment; before any update."""
+        for i, remembered in enumerate(state):
+            for name, value in remembered.items():
+                own = group.counters() if name == "step" else group.buffers(name)
+                own[i].copy_(value)
 
 
 @dataclass(frozen=True)
@@ -178,6 +189,18 @@ class Torch(Rule):
         for values in group.values:
             values.grad = None
 
+    def state_of(self, group: Group) -> list[dict[str, Any]]:
+        instance = self._instances.get(id(group))
+        known: Mapping[Tensor, dict[str, Any]] = {} if instance is None else instance.state
+        found = [known.get(values, {}) for values in group.values]
+        return [{name: value for name, value in own.items() if value is not None} for own in found]
+
+    def restore(self, group: Group, state: Sequence[Mapping[str, Any]]) -> None:
+        instance = self._build(group, 0.0)  # each update sets the learning rate
+        for values, remembered in zip(group.values, state, strict=True):
+            if remembered:
+                instance.state[values] = {name: _like(values, value) for name, value in remembered.items()}
+
     def _build(self, group: Group, lr: float) -> torch.optim.Optimizer:
         options = dict(self._options)
         if "weight_decay" in inspect.signature(self._make).parameters:
@@ -199,7 +222,7 @@ class OptimizerShard:
             group.values.append(values)
             if rounded is not None:
                 group.rounded.append(rounded)
-        self.groups = list(groups.values())
+        self.groups, self.segments = list(groups.values()), shard
 
 
 class Optimizer:
@@ -230,6 +253,30 @@ class Optimizer:
             if group.rounded and not rule.rounds:
                 torch._foreach_copy_(group.rounded, group.values)
 
+    def state(self) -> Iterator[tuple[Segment, dict[str, Any]]]:
+        """Yield each segment with what is remembered of it, tensors and numbers by name; nothing before an update."""
+        for shard in self.shards:
+            for group in shard.groups:
+                remembered = self._rules[group].state_of(group)
+                yield from zip((shard.segments[i] for i in group.indices), remembered, strict=True)
+
+    def restore(self, remembered: Callable[[Segment], Mapping[str, Any]]) -> None:
+        """Go on from what was remembered of each segment."""
+        for shard in self.shards:
+            for group in shard.groups:
+                own = [remembered(shard.segments[i]) for i in group.indices]
+                if any(own):
+                    self._rules[group].restore(group, own)
+
     def _folds(self, group: Group) -> bool:
         """Return whether the rule divides: the kernels take a divisor in single precision, which is enough for that."""
         return self._rules[group].folds and group.values[0].dtype == torch.float32
+
+
+def _like(values: Tensor, remembered: Any) -> Any:
+    """Return a remembered tensor of its own, laid out in memory as ``values`` where it has their shape."""
+    if not isinstance(remembered, Tensor):
+        return remembered
+    if remembered.shape == values.shape:
+        return torch.empty_like(values, dtype=remembered.dtype).copy_(remembered)
+    return remembered.clone()

@@ -10,9 +10,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Record:
-    """Something that happened; ``kind`` is start, train, evaluate, end or failure. Exact over all ranks, alike on each.
+    """Something that happened: ``kind`` is start, train, evaluate, checkpoint, end or failure.
 
-    A failure is the exception: it is a rank's own.
+    Exact over all ranks, alike on each. Exceptions are a failure, which is a rank's own, and a checkpoint, of whose end
+    rank 0 alone knows.
     """
 
     kind: str

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -20,6 +21,13 @@ class Schedule(ABC):
 
     def observe(self, cost: float) -> None:  # noqa: B027 (only Plateau listens)
         """Take note of an evaluation; the lower the better."""
+
+    def state_dict(self) -> dict[str, float]:
+        """Return what it has taken note of, in JSON's types."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:  # noqa: B027 (the same)
+        """Go on from :meth:`state_dict`."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,13 @@ class Plateau(Schedule):
         if self.bad > self.patience:
             self.factor, self.bad = self.factor * self.gamma, 0
 
+    def state_dict(self) -> dict[str, float]:
+        return {"factor": self.factor, "best": self.best, "bad": self.bad}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        if state:  # it may have been another schedule's
+            self.factor, self.best, self.bad = state["factor"], state["best"], int(state["bad"])
+
 
 class WarmUp(Schedule):
     """A straight line from ``start`` to the schedule's own value over the first ``steps`` updates.
@@ -124,6 +139,12 @@ class WarmUp(Schedule):
 
     def observe(self, cost: float) -> None:
         self.schedule.observe(cost)
+
+    def state_dict(self) -> dict[str, float]:
+        return self.schedule.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.schedule.load_state_dict(state)
 
 
 def _half_cosine(progress: float) -> float:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +12,21 @@ from torch import nn
 
 from distloop.agreement import Agreement, Signals, Stop
 from distloop.checkpoint import load_model, make_durable, model_state, save_model, write_json
-from distloop.errors import INTERRUPTED, TERMINATED, ConfigError, DataError, nearest
+from distloop.errors import DataError
 from distloop.evaluation import Evaluation
+from distloop.keeper import MOST_MISSES, Keeper
 from distloop.ledger import Ledger
+from distloop.limits import REASONS, Limits, exit_code
 from distloop.loop import Collects, Update, train
+from distloop.messages import gather_json
+from distloop.monitor import Judge
 from distloop.records import Observer, Record, Result
 from distloop.transports import Transport
 from distloop.turns import Turns
 from distloop.world import World
 
+PATIENCE = 5.0  # seconds that a failed run leaves a checkpoint that is being written
 Report = Callable[[], dict[str, float]]  # what a task tells of its collecting, exact over all ranks
-
-
-@dataclass(frozen=True)
-class Limits:
-    """When to end, evaluate and log; a step is one global batch, counted from 1."""
-
-    epochs: int | None = None
-    max_steps: int | None = None
-    log_every: int = 50
-    evaluate_steps: int | None = None
-    evaluate_epochs: int | None = 1
-
-
-@dataclass(frozen=True)
-class Monitor:
-    """Which metric tells whether a model is better, and how long to wait for that."""
-
-    metric: str | None = None  # None: the first that evaluation returns
-    mode: str | None = None  # None: min for a loss, else max
-    patience: int | None = None
-    min_delta: float = 0.0
-    keep_best: bool = True
-    target: float | None = None  # good enough: stop
 
 
 class Session:
@@ -61,85 +40,124 @@ class Session:
         world: World,
         transport: Transport,
         limits: Limits,
-        monitor: Monitor,
+        judge: Judge,
         agreement: Agreement,
         ledger: Ledger,
         evaluation: Evaluation | None,
         directory: Path,
-        facts: Mapping[str, str],
         averages: Mapping[str, nn.Module] | None = None,
         report: Report | None = None,
         observers: Sequence[Observer] = (),
         progress: Callable[[int], None] | None = None,
     ):
         self.task, self.turns, self.learners, self.world, self.transport = task, turns, turns.learners, world, transport
-        self.limits, self.monitor, self.directory = limits, monitor, directory
+        self.limits, self.judge, self.directory = limits, judge, directory
         self._agreement, self._ledger, self._evaluation = agreement, ledger, evaluation
-        self._facts, self._observers, self._progress = facts, list(observers), progress
+        self.observers, self._progress = list(observers), progress
+        self.facts: dict[str, str] = {}  # what a user wants to see before the training
+        self.on_close = ExitStack()
         models: dict[str, nn.Module] = {learner.name: learner.objective.model for learner in self.learners}
-        self._files = {"model.safetensors": models} | ({"averages.safetensors": dict(averages)} if averages else {})
-        for kept in self._files.values():
+        self.files = {"model.safetensors": models} | ({"averages.safetensors": dict(averages)} if averages else {})
+        for kept in self.files.values():
             model_state(kept)  # what cannot be saved is refused now, not after the training
         self._report = report
+        self.keeper: Keeper | None = None  # set by who builds it, if checkpoints are kept
         self.step = self.epoch = self._samples = 0
-        self._evaluated_at = -1
+        self._begun = 0  # epochs
+        self.following = (0, 0)  # the next global batch: its epoch, and its place in it
+        self._trained = 0  # samples, in this attempt
         self._logged_at = 0
-        self._best: tuple[float, int] | None = None
-        self._evaluations_without_better = 0
-        self._metrics: dict[str, float] = {}  # of the last evaluation
-        self._best_metrics: dict[str, float] = {}
-        self._watched: tuple[str, float] | None = None  # metric's name, and +1 if lower is better
+        self._saved_at = -1
 
     def run(self) -> Result:
         """Train until a limit or a decision ends it; return with the best model loaded."""
+        failed = True
         try:
-            return self._run()
+            result = self._run()
+            failed = False
+            return result
         except BaseException as failure:
             with suppress(Exception):  # whatever else breaks now, the first failure is the one to report
                 self._emit("failure", {"error": f"{type(failure).__name__}: {failure}"})
             raise
         finally:
+            if self.keeper is not None:
+                self.keeper.saver.close(PATIENCE if failed else None)
             for learner in self.learners:
                 learner.strategy.close()
+            self.on_close.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where it is, in JSON's types; the same on all ranks."""
+        return {
+            "step": self.step,
+            "following": list(self.following),
+            "begun": self._begun,
+            "samples": self._samples,
+            "logged_at": self._logged_at,
+            "judge": self.judge.state_dict(),
+            "ledger": self._ledger.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`; after the learners."""
+        self.step, self._samples, self._logged_at = state["step"], state["samples"], state["logged_at"]
+        epoch, batch = state["following"]
+        self.following, self._begun, self.epoch = (epoch, batch), state["begun"], max(state["begun"] - 1, 0)
+        self._saved_at = self.step
+        self.judge.load_state_dict(state["judge"])
+        self._ledger.load_state_dict(state["ledger"])
 
     def _run(self) -> Result:
         begun = time.monotonic()
-        self._emit("start", self._facts)
-        reason = "all epochs done"
+        self._emit("start", self.facts)
+        reason = self._over() if self.step else None
         self._ledger.restart_clock()
         with Signals(self._agreement):
-            for update in train(self.task, self.turns, self._epochs(), self.world):
-                last = update.learner is self.turns.last
-                self._ledger.add(update, self.step + 1, last=last)
-                if last and (stop := self._after_batch(update)):
-                    reason = stop
-                    break
+            if reason is None:
+                reason = self._train()
             stopped = self._agreement.now()
-            if stopped in _REASONS:
-                reason = _REASONS[stopped]
+            reason = REASONS.get(stopped, reason)
+            saved = stopped >= Stop.REQUESTED and self._save(last=True)
             self._log()
-            if stopped < Stop.INTERRUPTED and self._evaluation is not None and self._evaluated_at != self.step:
-                self._evaluate()
-            return self._finish(reason, stopped, time.monotonic() - begun)
+            if stopped < Stop.REQUESTED:
+                if self._evaluation is not None and self.judge.evaluated_at != self.step:
+                    self._evaluate()
+                self._save(last=True)
+            return self._finish(reason, exit_code(stopped, saved=saved), time.monotonic() - begun)
+
+    def _train(self) -> str:
+        for update in train(self.task, self.turns, self._epochs(), self.world):
+            last = update.learner is self.turns.last
+            self._ledger.add(update, self.step + 1, last=last)
+            if last and (stop := self._after_batch(update)):
+                return stop
+        return "all epochs done"
+
+    def _over(self) -> str | None:
+        """Return why there is nothing left to do, if so."""
+        return self.limits.reached(self.step) or (self.judge.enough() if self.judge.evaluated_at == self.step else None)
 
     def _epochs(self) -> Iterable[int]:
         """Yield epoch numbers, for ever if no number of epochs is set."""
-        limits, epoch = self.limits, 0
+        limits, epoch = self.limits, self.following[0]
         while limits.epochs is None or epoch < limits.epochs:
-            self.epoch, begun = epoch, self.step
+            self.epoch, self._begun, begun = epoch, epoch + 1, self.step
             yield epoch
             if self.step == begun:
                 raise DataError(f"epoch {epoch} had no batch: extract(epoch, world) yielded nothing")
             epoch += 1
 
     def _after_batch(self, update: Update) -> str | None:
-        """Log, evaluate and decide after all learners' turns on a global batch; return a reason to stop."""
-        limits = self.limits
+        """Log, evaluate, save and decide after all learners' turns on a global batch; return a reason to stop."""
+        limits, position = self.limits, update.position
         self.step += 1
-        self._samples += update.position.samples
+        self._samples += position.samples
+        self._trained += position.samples
+        self.following = (update.epoch + 1, 0) if position.last else (update.epoch, position.batch + 1)
         if self._progress is not None:
             self._progress(self.step)
-        evaluate = self._evaluation is not None and self._evaluation_due(update)
+        evaluate = self._evaluation is not None and limits.evaluation_due(self.step, update)
         if evaluate or self.step - self._logged_at >= limits.log_every:
             self._logged_at = self.step
             self._log()
@@ -147,19 +165,41 @@ class Session:
             self._log()  # at once, to show that it goes
         stop = self._evaluate() if evaluate else None
         agreed = self._agreement()
-        if agreed:
-            return _REASONS[agreed]
-        if limits.max_steps is not None and self.step >= limits.max_steps:
-            return f"max_steps {limits.max_steps} reached"
+        stop = REASONS[agreed] if agreed else limits.reached(self.step) or stop
+        if stop is None and (limits.save_due(self.step, update) or self._agreement.save_due()):
+            self._save()
+        self._tell_of_saves()
         return stop
 
-    def _evaluation_due(self, update: Update) -> bool:
-        limits = self.limits
-        if limits.evaluate_steps:
-            return self.step % limits.evaluate_steps == 0
-        return bool(
-            limits.evaluate_epochs and update.position.last and (update.epoch + 1) % limits.evaluate_epochs == 0
-        )
+    def _save(self, *, last: bool = False) -> bool:
+        """Begin to save; return, if it is the ``last``, when that is done, and whether all is safe."""
+        if self.keeper is None:
+            return False
+        if self._saved_at != self.step:
+            best = self.judge.best if self.judge.monitor.keep_best else None
+            self.keeper.save(self.step, best.step if best else None)
+            self._saved_at = self.step
+        self._agreement.saved()
+        self._ledger.restart_clock()
+        if not last:
+            return False
+        self._agreement.now()  # all ranks have begun
+        self.keeper.saver.drain()
+        self._tell_of_saves()
+        return bool(gather_json(self.transport, self.keeper.misses == 0)[0])
+
+    def _tell_of_saves(self) -> None:
+        """Say how saves have ended; ask for an end if none succeeds any more."""
+        if self.keeper is None:
+            return
+        for saved in self.keeper.take():
+            values: dict[str, Any] = {"saved_step": saved.step, "seconds": saved.seconds, "bytes": saved.nbytes}
+            if saved.failure is not None:
+                values = {"saved_step": saved.step, "failure": saved.failure}
+            warning = self.keeper.too_slow(saved)
+            self._emit("checkpoint", values | ({"warning": warning} if warning else {}))
+            if self.keeper.misses >= MOST_MISSES:
+                self._agreement.ask(Stop.STORAGE)
 
     def _log(self) -> None:
         values = self._ledger.close()
@@ -168,130 +208,73 @@ class Session:
 
     def _evaluate(self) -> str | None:
         """Evaluate; return a reason to stop, if there is one. Its time, and that of pictures, is not the training's."""
-        stop = self._evaluate_and_judge()
-        self._ledger.restart_clock()
-        return stop
-
-    def _evaluate_and_judge(self) -> str | None:
-        """Evaluate, remember the best, and return a reason to stop if patience is over."""
         assert self._evaluation is not None
-        self._evaluated_at = self.step
         with ExitStack() as stack:
             for learner in self.learners:
                 stack.enter_context(learner.strategy.whole())
-            return self._judge(self._evaluation)
+            self._judge(self._evaluation)
+        self._ledger.restart_clock()
+        return self.judge.enough()
 
-    def _judge(self, evaluation: Evaluation) -> str | None:
+    def _judge(self, evaluation: Evaluation) -> None:
+        """Evaluate and remember the best."""
         for learner in self.learners:
             learner.average_statistics(self.transport)
-        self._metrics = evaluation()
-        if not self._metrics:
-            return None
-        name, sign = self._watched = self._choose_metric()
-        value = self._metrics[name]
+        metrics = evaluation()
+        if not metrics:
+            self.judge.evaluated_at = self.step
+            return
+        better, cost = self.judge(metrics, self.step)
         for learner in self.learners:
-            learner.schedule.observe(sign * value)
-        best = math.inf if self._best is None else sign * self._best[0]
-        target = self.monitor.target
-        reached = target is not None and sign * value <= sign * target
-        better = sign * value < best - (0.0 if self._best is None else self.monitor.min_delta) or reached
-        self._emit("evaluate", self._metrics | {"best": better})
-        if better:
-            self._best, self._best_metrics, self._evaluations_without_better = (value, self.step), self._metrics, 0
-            if self.monitor.keep_best:
-                self._save()
-            return f"{name} reached monitor.target, which is {target:g}" if reached else None
-        self._evaluations_without_better += 1
-        patience = self.monitor.patience
-        if patience is not None and self._evaluations_without_better > patience:
-            return f"no better {name} in {patience + 1} evaluations"
-        return None
+            learner.schedule.observe(cost)
+        self._emit("evaluate", metrics | {"best": better})
+        if better and self.judge.monitor.keep_best:
+            self._write_models()
 
-    def _choose_metric(self) -> tuple[str, float]:
-        name = self.monitor.metric or (self._watched[0] if self._watched else next(iter(self._metrics)))
-        if name not in self._metrics:
-            raise ConfigError(
-                f"monitor.metric: this evaluation returned no metric {name!r}{nearest(name, self._metrics)}"
-            )
-        lower = self.monitor.mode == "min" if self.monitor.mode else lower_is_better(name)
-        return name, 1.0 if lower else -1.0
-
-    def _finish(self, reason: str, stopped: Stop, seconds: float) -> Result:
-        keeps_best = self._best is not None and self.monitor.keep_best
+    def _finish(self, reason: str, exit_code: int, seconds: float) -> Result:
+        judge, best = self.judge, self.judge.best
+        keeps_best = best is not None and judge.monitor.keep_best
         for learner in self.learners:
             learner.strategy.finish()
         if keeps_best:
-            for name, models in self._files.items():
+            for name, models in self.files.items():
                 load_model(self.directory / name, models, self.transport)
         else:
             for learner in self.learners:
                 learner.average_statistics(self.transport)
-            self._save()
+            self._write_models()
+        metrics = judge.metrics if judge.evaluated_at == self.step else {}
         result = Result(
             reason=reason,
             steps=self.step,
-            epochs=self.epoch + 1,
+            epochs=self._begun,
             seconds=seconds,
-            samples_per_second=self._samples / max(seconds, 1e-9),
+            samples_per_second=self._trained / max(seconds, 1e-9),
             directory=self.directory,
-            metrics=self._best_metrics if keeps_best else self._metrics if self._evaluated_at == self.step else {},
-            last_metrics=self._metrics,
-            best_metric=self._watched[0] if self._watched else None,
-            best=self._best[0] if self._best else None,
-            best_step=self._best[1] if self._best else None,
-            kept_step=self._best[1] if self._best and keeps_best else self.step,
+            metrics=best.metrics if best and keeps_best else metrics,
+            last_metrics=judge.metrics,
+            best_metric=judge.metric,
+            best=best.value if best else None,
+            best_step=best.step if best else None,
+            kept_step=best.step if best and keeps_best else self.step,
             skipped=max(learner.skipped for learner in self.learners),
-            exit_code={Stop.INTERRUPTED: INTERRUPTED, Stop.TERMINATED: TERMINATED}.get(stopped, 0),
+            exit_code=exit_code,
         )
         if self.world.rank == 0:
             write_json(self.directory / "result.json", result.as_dict())
-            for name in self._files:
+            for name in self.files:
                 make_durable(self.directory / name)
         self._emit("end", result.as_dict())
         return result
 
-    def _save(self) -> None:
+    def _write_models(self) -> None:
         """Write the models as they are, on rank 0."""
         if self.world.rank == 0:
-            for name, models in self._files.items():
+            for name, models in self.files.items():
                 save_model(self.directory / name, models)
 
     def _emit(self, kind: str, values: Mapping[str, Any]) -> None:
         record = Record(kind, self.step, self.epoch, values)
-        for observer in self._observers:
+        for observer in self.observers:
             if observer(record) is True:
                 self._agreement.ask(Stop.ASKED)
-
-
-_REASONS = {
-    Stop.ASKED: "an observer asked for it",
-    Stop.TIME: "max_seconds reached",
-    Stop.INTERRUPTED: "interrupted (Ctrl-C)",
-    Stop.TERMINATED: "terminated (SIGTERM)",
-}
-
-
-LOWER_IS_BETTER = ("loss", "error", "bits_per", "perplexity", "nll", "entropy", "distance", "divergence")
-LOWER_IS_BETTER_ABBREVIATED = {
-    "mae",
-    "mse",
-    "rmse",
-    "mape",
-    "wer",
-    "cer",
-    "per",
-    "ppl",
-    "bpc",
-    "bpb",
-    "fid",
-    "eer",
-    "ece",
-    "ber",
-    "bler",
-}
-
-
-def lower_is_better(name: str) -> bool:
-    """Return whether a metric of this name is a cost, as far as names tell; ``monitor.mode`` settles it."""
-    words = set(re.split(r"[^a-z]+", name.lower()))
-    return any(word in name.lower() for word in LOWER_IS_BETTER) or bool(words & LOWER_IS_BETTER_ABBREVIATED)

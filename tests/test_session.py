@@ -18,12 +18,13 @@ import distloop
 from distloop.agreement import Agreement, Signals, Stop
 from distloop.build import Builder, Place
 from distloop.errors import ConfigError, DataError, MismatchError, NonFiniteError, StorageError
-from distloop.session import lower_is_better
+from distloop.monitor import lower_is_better
 from distloop.settings import from_mapping, resolve
 from distloop.transports import Alone, ThreadCluster, Transport
 from distloop.world import World
 
 CPU = torch.device("cpu")
+NAMES = {"checkpoints", "config.yaml", "lock", "logs", "metrics.jsonl", "model.safetensors", "result.json", "run.json"}
 QUIET = {"tensorboard": False, "picture": False, "every": 3}
 
 
@@ -72,7 +73,7 @@ def test_a_run_leaves_everything_in_its_directory(tmp_path: Path) -> None:
     result = fit(tmp_path)
     assert (result.steps, result.epochs, result.reason) == (3 * 8, 3, "all epochs done")
     names = {path.name for path in result.directory.iterdir()}
-    assert names == {"config.yaml", "logs", "metrics.jsonl", "model.safetensors", "result.json"}
+    assert names == NAMES
     rows = records(tmp_path, result)
     assert [r["step"] for r in rows if r["kind"] == "evaluate"] == [8, 16, 24]
     assert {r["step"] for r in rows if r["kind"] == "train"} == {1, 3, 6, 8, 11, 14, 16, 19, 22, 24}

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 
 from distloop.agreement import Agreement
+from distloop.build import run_directory
 from distloop.build.contents import fingerprint, samples_in
+from distloop.build.differences import compare
 from distloop.build.facts import facts
 from distloop.build.feeding import Fed, make_loading
+from distloop.build.keeping import make_keeper, resumed_facts
 from distloop.build.length import epochs_of, steps_of
 from distloop.build.method import Method
 from distloop.build.models import (
@@ -21,17 +24,21 @@ from distloop.build.models import (
     refuse_shared_parameters,
     refuse_what_runs_models,
 )
-from distloop.build.place import Place, make_directory, make_place, write_configuration
+from distloop.build.place import Place, make_place
+from distloop.build.run_directory import RunDirectory
 from distloop.data import derive_seed
-from distloop.errors import nearest
+from distloop.errors import found_by_all, nearest
 from distloop.evaluation import Evaluation
+from distloop.keeper import Resumed
 from distloop.learner import Learner, Objective, autocast
 from distloop.ledger import Ledger
+from distloop.limits import Limits
 from distloop.messages import agree_on
+from distloop.monitor import Judge, Monitor, lower_is_better
 from distloop.observers import make_observers
 from distloop.optimizer import Optimizer
 from distloop.records import Observer
-from distloop.session import Limits, Monitor, Session, lower_is_better
+from distloop.session import Session
 from distloop.settings import Resolved
 from distloop.site import Site
 from distloop.strategies import STRATEGIES, Strategy, cuts_parameters, has_copies, options_of
@@ -82,9 +89,54 @@ class Builder:
         check(resolved)
 
     def session(self, place: Place, observers: Sequence[Observer] = ()) -> Session:
-        """Build everything; call it on every rank at the same time."""
+        """Build everything, or what a checkpoint says of it; call it on every rank at the same time."""
+        agree_on(place.transport, self._run_facts(), "the configuration")
+        directory = run_directory.find(self.config, place.world, place.transport)
+        try:
+            return self._session(place, directory, observers)
+        except BaseException:
+            if directory is not None:
+                directory.close()
+            raise
+
+    def _session(self, place: Place, directory: RunDirectory | None, observers: Sequence[Observer]) -> Session:
+        resumed = None if directory is None or directory.checkpoint is None else Resumed(directory.checkpoint)
+        notes: list[str] = []
+        if resumed is not None:
+            with found_by_all():
+                known = resumed.checkpoint.state["described"]["configuration"]
+                notes = compare(self.resolved, known, resumed.checkpoint.path)
+        task, strategies, fed = self._begin(place)
+        if resumed is None:
+            fed.collect(0)
+        else:
+            fed.steps = resumed.own_facts("data")["steps"]
+        turns = self._turns(task, strategies, steps_of(self.config, fed.steps))
+        evaluation = self._evaluation(task, place)
+        monitored = self._check_monitor(evaluation)
+        directory = directory or run_directory.make(self.config, place.world, place.transport)
+        session = self._make_session(task, turns, fed, evaluation, place, directory.path, observers)
+        session.on_close.callback(directory.close)
+        keeper = make_keeper(session, task, fed, place, directory, self.resolved)
+        if resumed is not None:
+            keeper.restore(resumed)
+        if self.config.checkpoint.enabled:
+            session.keeper = keeper
+        if place.world.rank == 0:
+            run_directory.write_configuration(directory.path, self.resolved)
+        epochs, (epoch, start) = epochs_of(self.config), session.following
+        fed.begin(epoch, start)
+        first = fed.collect(epoch) if epochs is None or epoch < epochs else None
+        steps = steps_of(self.config, fed.steps)
+        session.facts = facts(self.resolved, turns.learners, first, steps, place, directory.path, monitored)
+        session.facts |= resumed_facts(resumed, [*directory.notes, *notes, *fed.notes], place)
+        if resumed is not None:
+            keeper.restore_random(resumed)
+        return session
+
+    def _begin(self, place: Place) -> tuple[Any, dict[str, Strategy], Fed]:
+        """Make the task, the same on all ranks, what collects its gradients, and what feeds it."""
         config, world, transport = self.config, place.world, place.transport
-        agree_on(transport, self._run_facts(), "the configuration")
         torch.manual_seed(config.train.seed)  # the same first weights on every rank
         task = self._given_or_named()
         objectives: Mapping[str, Objective] = task.objectives
@@ -99,30 +151,39 @@ class Builder:
             task.join(site)
         weighers = {name: o.weight for name, o in objectives.items() if hasattr(o, "weight")}
         in_step = any(one.in_step for one in strategies.values())
-        fed = Fed(task, config, place, weighers, site, in_step=in_step)
-        first = fed.collect(0)
-        steps = steps_of(config, getattr(first, "plan", None))
-        turns = self._turns(task, strategies, steps)
-        evaluation = self._evaluation(task, place)
-        monitored = self._check_monitor(evaluation)
-        directory = make_directory(config, world, transport)
-        if world.rank == 0:
-            write_configuration(directory, self.resolved)
-        shown, progress = self._observers(task, directory, steps, world.rank)
+        return task, strategies, Fed(task, config, place, weighers, site, in_step=in_step)
+
+    def _make_session(
+        self,
+        task: Any,
+        turns: Turns,
+        fed: Fed,
+        evaluation: Evaluation | None,
+        place: Place,
+        directory: Path,
+        observers: Sequence[Observer],
+    ) -> Session:
+        config, world = self.config, place.world
+        shown, progress = self._observers(task, directory, steps_of(config, fed.steps), world.rank)
+        save_seconds = config.checkpoint.every_seconds if config.checkpoint.enabled else None
         return Session(
             fed,
             turns,
             world=world,
-            transport=transport,
+            transport=place.transport,
             limits=self._limits(),
-            monitor=self._monitor(),
-            agreement=Agreement(transport, max_seconds=config.train.max_seconds),
-            ledger=Ledger(turns.learners, transport, collecting=fed.take_seconds, explosion=config.monitor.explosion),
+            judge=Judge(self._monitor()),
+            agreement=Agreement(place.transport, max_seconds=config.train.max_seconds, save_seconds=save_seconds),
+            ledger=Ledger(
+                turns.learners,
+                place.transport,
+                collecting=fed.take_seconds,
+                explosion=config.monitor.explosion,
+            ),
             evaluation=evaluation,
             directory=directory,
-            averages=moving_averages(objectives),
+            averages=moving_averages(task.objectives),
             report=fed.report if hasattr(task, "report") else None,
-            facts=facts(self.resolved, turns.learners, first, steps, place, directory, monitored),
             observers=[*shown, *(observers if world.rank == 0 else ())],
             progress=progress,
         )
@@ -167,6 +228,8 @@ class Builder:
             log_every=config.log.every,
             evaluate_steps=config.evaluate.every_steps,
             evaluate_epochs=config.evaluate.every_epochs,
+            save_steps=config.checkpoint.every_steps,
+            save_epochs=config.checkpoint.every_epochs,
         )
 
     def _evaluation(self, task: Any, place: Place) -> Evaluation | None:
@@ -249,7 +312,15 @@ class Builder:
 
     def _run_facts(self) -> dict[str, Any]:
         """Return what must be the same on every rank before any of it is used: all that decides what is computed."""
-        own = {"log.directory", "log.name", "log.progress", "log.tensorboard", "log.picture", "log.observers"}
+        own = {
+            "log.directory",
+            "log.name",
+            "log.progress",
+            "log.tensorboard",
+            "log.picture",
+            "log.observers",
+            "checkpoint.resume",
+        }
         own |= {"world.threads", "data.workers", "data.prefetch", "data.pin_memory", "data.worker_timeout"}
         values = {dotted: value for dotted, value, _ in self.resolved.rows() if dotted not in own}
         return values | {"version of torch": torch.__version__}

@@ -9,12 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.utils.data import TensorDataset
 
 from distloop.build.contents import fingerprint, samples_in
 from distloop.build.place import Place
+from distloop.build.resumed_data import Regrouped, Resumed
 from distloop.config import Config
 from distloop.data import Batches, Plan, derive_seed
-from distloop.errors import ConfigError, MismatchError
+from distloop.errors import ConfigError, DataError, MismatchError
 from distloop.evaluation import as_pair, totals
 from distloop.loading import Loading
 from distloop.messages import agree_on
@@ -48,19 +50,64 @@ class Fed:
         self._epoch: int | None = None
         self._data: Any = None
         self._size: int | None = None
+        self.steps: int | None = None  # in the first epoch, if that is a data set
         self._fed: Any = None
         self._seconds = 0.0
+        self._own: PerRank | None = None  # what this rank collected for itself
+        self._facts: dict[str, Any] = {}  # of a data set that is the same on all ranks
+        self._resumed: Resumed | None = None
+        self.notes: list[str] = []  # on what could not be gone on with
 
     def collect(self, epoch: int) -> Any:
         """Return the data of ``epoch`` in global batches; collected once, however often it is asked for."""
         if epoch != self._epoch:
             self._epoch, begun, waited = epoch, time.monotonic(), self._site.waited
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(derive_seed("collect", self._config.train.seed, epoch))
-                data = self._task.collect(epoch)
+            data = self._collected(epoch)
             self._seconds += time.monotonic() - begun - (self._site.waited - waited)
             self._enter(data)
-        return self._fed
+        return self._fed if self._resumed is None else self._resumed.rest(self._fed, epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what of this epoch's data could not be had again, and what tells whether the rest is the same."""
+        own: dict[str, Any] | None = None
+        if self._own is not None:
+            own = {"passes": self._own.passes, "kept": "nothing"}
+            if hasattr(self._task, "recall"):
+                own["kept"] = "recalled"
+            elif self._own.samples is None or type(self._own.samples) is TensorDataset:
+                own |= {"kept": "all", "tensors": list(self._own.samples.tensors) if self._own.samples else []}
+        return {"epoch": self._epoch, "own": own, "facts": self._facts, "steps": self.steps}
+
+    def load_states(self, states: Sequence[Mapping[str, Any]], rank: int, ranks: int) -> None:
+        """Go on from the states of all ranks of then; :meth:`begin` says where."""
+        self._resumed = Resumed(states, self._config, self._options())
+        self.steps = states[0]["steps"]
+
+    def begin(self, epoch: int, start: int) -> None:
+        """Let ``epoch`` begin after its first ``start`` global batches, with the data that it had."""
+        if self._resumed is None:
+            return
+        self._resumed.begin(epoch, start)
+        if (facts := self._resumed.facts) and self._resumed.epoch is not None:
+            self.collect(self._resumed.epoch)
+            for name, was in facts.items():
+                if (now := self._facts.get(name)) != was:
+                    raise DataError(f"the data set has changed since the checkpoint: {name} was {was} and is {now}")
+
+    def _collected(self, epoch: int) -> Any:
+        resumed = self._resumed
+        if resumed is not None and resumed.begins_within(epoch):
+            if resumed.recalled:
+                return self._task.recall(epoch)
+            if (data := resumed.data(self._place.world)) is not None:
+                return data
+            if resumed.lost:
+                self.notes.append(
+                    f"what was collected for epoch {epoch} is not in the checkpoint: it is collected anew"
+                )
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(derive_seed("collect", self._config.train.seed, epoch))
+            return self._task.collect(epoch)
 
     def take_seconds(self) -> float:
         """Return how long this rank collected since it was asked last, without waiting for others."""
@@ -78,7 +125,11 @@ class Fed:
         return {name: mean for name, mean in means.items() if not math.isnan(mean)}  # nothing since the last report
 
     def _enter(self, data: Any) -> None:
+        if isinstance(data, Regrouped):
+            self._data, self._size, self._fed = None, None, data
+            return
         own = isinstance(data, PerRank)
+        self._own, self._facts = data if own else None, {}
         kind = 1 if own else 2 if hasattr(data, "extract") else 0
         size = 0
         if kind == 0 or (own and data.samples is not None):
@@ -92,6 +143,8 @@ class Fed:
                 f"{KINDS[kind]}; return a data set, or use stage 1 or 2",
                 everywhere=True,
             )
+        if kind == 0:
+            self._facts = {"number of samples": size, "contents": fingerprint(data)}
         if kind == 0 and data is self._data and size == self._size:
             return
         self._data, self._size = (data, size) if kind == 0 else (None, None)
@@ -124,9 +177,11 @@ class Fed:
 
     def _batches(self, data: Any, size: int) -> Batches:
         sizes = self._config.data
-        facts = {"number of samples": size, "contents": fingerprint(data)}
-        agree_on(self._place.transport, facts, "the data set (samples of each rank's own come as distloop.PerRank)")
+        agree_on(
+            self._place.transport, self._facts, "the data set (samples of each rank's own come as distloop.PerRank)"
+        )
         plan = Plan(size, sizes.global_batch_size, sizes.micro_batch_size)
+        self.steps = plan.steps if self.steps is None else self.steps
         return Batches(data, plan, in_step=self._in_step, **self._options())
 
     def _options(self) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from distloop.config import Config
-from distloop.data import Plan
 
 
 def epochs_of(config: Config) -> int | None:
@@ -13,9 +12,9 @@ def epochs_of(config: Config) -> int | None:
     return 10 if unlimited else train.epochs
 
 
-def steps_of(config: Config, plan: Plan | None) -> int | None:
-    """Return how many updates a run will make whose epochs are as ``plan`` says, if that can be told."""
+def steps_of(config: Config, per_epoch: int | None) -> int | None:
+    """Return how many updates a run will make whose epochs have so many (None: nobody knows), if that can be told."""
     epochs = epochs_of(config)
-    by_epochs = plan.steps * epochs if plan is not None and epochs is not None else None
+    by_epochs = per_epoch * epochs if per_epoch is not None and epochs is not None else None
     known = [n for n in (by_epochs, config.train.max_steps) if n is not None]
     return min(known) if known else None

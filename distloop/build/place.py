@@ -1,19 +1,14 @@
-"""Where a rank computes, how it reaches the others, and where the run's files go."""
+"""Where a rank computes, and how it reaches the others."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
 
 import torch
 
-from distloop.build.method import as_read
 from distloop.config import Config
-from distloop.errors import StorageError, WorldError
-from distloop.messages import gather_json
-from distloop.settings import Resolved
+from distloop.errors import WorldError
 from distloop.strategies import torch_collects
 from distloop.transports import Alone, Transport
 from distloop.world import World
@@ -81,33 +76,3 @@ def _set_threads(threads: int | None, world: World) -> None:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def make_directory(config: Config, world: World, transport: Transport) -> Path:
-    """Make the run directory on rank 0, never that of an earlier run, and tell the others its name.
-
-    Raises:
-        StorageError: it cannot be made.
-    """
-    name = config.log.name or f"{config.task.name.rpartition(':')[2]}-{datetime.now():%Y%m%d-%H%M%S}"
-    path, failure, number = Path(config.log.directory, name), None, 1
-    if world.rank == 0:
-        try:
-            while path.exists():
-                number += 1
-                path = Path(config.log.directory, f"{name}-{number}")
-            (path / "logs").mkdir(parents=True)
-        except OSError as error:
-            failure = f"log.directory: {path} cannot be made: {error.strerror}"
-    agreed, failure = gather_json(transport, [str(path), failure])[0]
-    if failure is not None:
-        raise StorageError(failure, everywhere=True)
-    return Path(agreed)
-
-
-def write_configuration(directory: Path, resolved: Resolved) -> None:
-    """Leave the resolved configuration beside the results, in a form that can be run again."""
-    from ruamel.yaml import YAML
-
-    with (directory / "config.yaml").open("w", encoding="utf-8") as file:
-        YAML(typ="safe", pure=True).dump(as_read(resolved), file)

@@ -28,7 +28,7 @@ def make_observers(
     Raises:
         ConfigError: TensorBoard or a picture is asked for, but the library is missing.
     """
-    from distloop.observers.files import JsonLines, LogFile, TensorBoard
+    from distloop.observers.files import RECORDS, JsonLines, LogFile, TensorBoard
 
     if rank != 0:
         return [LogFile(directory / "logs" / f"rank_{rank}.log")], None
@@ -36,7 +36,7 @@ def make_observers(
     from distloop.observers.pictures import LearningCurves
 
     console = Console(total_steps, progress)
-    observers: list[Observer] = [LogFile(directory / "logs" / "rank_0.log"), JsonLines(directory / "metrics.jsonl")]
+    observers: list[Observer] = [LogFile(directory / "logs" / "rank_0.log"), JsonLines(directory / RECORDS)]
     if _wanted(tensorboard, "tensorboardX", "log.tensorboard", "tensorboard"):
         observers.append(TensorBoard(directory / "tensorboard"))
     if _wanted(picture, "matplotlib", "log.picture", "plots"):

@@ -58,8 +58,18 @@ class Console:
                 self._bar.stop()
             if record.kind == "end":
                 self._summary(record.values)
+        elif record.kind == "checkpoint":
+            self._checkpoint(record.values)
         else:
             self._line(line(record, self._total), bold=record.kind == "evaluate")
+
+    def _checkpoint(self, values: Mapping[str, Any]) -> None:
+        """Say what is wrong with a checkpoint; of those that are safe the log tells."""
+        if "failure" in values:
+            step = values["saved_step"]
+            print(f"distloop: checkpoint of step {step}: {values['failure']}; the training goes on", file=sys.stderr)
+        if "warning" in values:
+            print(f"distloop: {values['warning']}", file=sys.stderr)
 
     def advance(self, step: int) -> None:
         """Move the bar, at most ten times a second."""

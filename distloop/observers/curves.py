@@ -56,6 +56,7 @@ class Curves:
         self._begun = moment if self._begun is None else self._begun
         values = record.values
         if record.kind == "start":
+            self.ended = ""  # it may have been resumed
             told = re.search(r"in (\d+) steps per epoch", str(values.get("batch")))
             self._steps_per_epoch = int(told[1]) if told else None
         if record.kind in ("end", "failure"):

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from distloop.checkpoint import finite
+from distloop.errors import DataError
 from distloop.observers.text import line
 from distloop.records import Record
 
 LAST = ("end", "failure")
+RECORDS = "metrics.jsonl"
 
 
 class _File:
-    """A text file to append to, opened at the first line."""
+    """A text file to append to, opened at the first line; a checkpoint has its length."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -36,6 +40,21 @@ class _File:
             self.close()
             print(f"distloop: {self._path}: {failure.strerror}; it gets no more lines", file=sys.stderr)
 
+    def state_dict(self) -> dict[str, int]:
+        """Return how long it is, once all of it is with the system."""
+        try:
+            if self._file is not None:
+                self._file.flush()
+            return {"bytes": self._path.stat().st_size}
+        except OSError:
+            return {"bytes": 0}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Forget what was written after a checkpoint: it is going to be written again."""
+        with suppress(OSError):
+            if self._path.stat().st_size > state["bytes"]:
+                os.truncate(self._path, state["bytes"])
+
     def close(self) -> None:
         if self._file is not None:
             with suppress(OSError):  # what could not be written cannot be flushed either
@@ -48,6 +67,7 @@ class JsonLines:
 
     def __init__(self, path: Path):
         self._out = _File(path)
+        self.state_dict, self.load_state_dict = self._out.state_dict, self._out.load_state_dict
 
     def __call__(self, record: Record) -> None:
         head = {"kind": record.kind, "step": record.step, "epoch": record.epoch, "time": round(time.time(), 3)}
@@ -61,6 +81,7 @@ class LogFile:
 
     def __init__(self, path: Path):
         self._out = _File(path)
+        self.state_dict, self.load_state_dict = self._out.state_dict, self._out.load_state_dict
 
     def __call__(self, record: Record) -> None:
         if record.kind in ("train", "evaluate"):
@@ -80,6 +101,8 @@ class TensorBoard:
         self._directory = directory
         self._writer: Any = None
         self._broken = False
+        self._last = 0
+        self._from: int | None = None  # figures from this step on are written again
 
     def __call__(self, record: Record) -> None:
         try:
@@ -89,7 +112,18 @@ class TensorBoard:
                 print(f"distloop: {self._directory}: {failure.strerror}; it gets no more figures", file=sys.stderr)
             self._broken = True
 
+    def state_dict(self) -> dict[str, int]:
+        """Return the step of the last figures."""
+        if self._writer is not None:
+            self._writer.flush()
+        return {"step": self._last}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Have TensorBoard pass over figures that followed."""
+        self._from = state["step"] + 1
+
     def _write(self, record: Record) -> None:
+        self._last = max(self._last, record.step)
         if record.kind in LAST and self._writer is not None:
             self._writer.close()
         if record.kind not in ("train", "evaluate") or self._broken:
@@ -97,7 +131,25 @@ class TensorBoard:
         if self._writer is None:
             from tensorboardX import SummaryWriter  # late: it takes part of the time to the first step
 
-            self._writer = SummaryWriter(str(self._directory))
+            self._writer = SummaryWriter(str(self._directory), purge_step=self._from)
         for key, value in record.values.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 self._writer.add_scalar(f"{record.kind}/{key}", value, record.step)
+
+
+def read_records(path: Path) -> Iterator[tuple[Record, float]]:
+    """Yield records and their times. A last line that is cut off belongs to a run that goes on, or was killed."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as failure:
+        raise DataError(f"{path}: cannot be read: {failure.strerror}") from None
+    for number, text in enumerate(lines, 1):
+        try:
+            values = json.loads(text)
+            head = Record(values.pop("kind"), int(values.pop("step")), int(values.pop("epoch")), values)
+            moment = float(values.pop("time"))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            if number == len(lines):
+                return
+            raise DataError(f"{path}:{number}: is no record of a run") from None
+        yield head, moment

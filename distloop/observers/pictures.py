@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from distloop.observers.curves import Curves, draw
+from distloop.observers.files import RECORDS, read_records
 from distloop.records import Record
 
 
@@ -16,6 +18,17 @@ class LearningCurves:
     def __init__(self, path: Path):
         self._path = path
         self.curves = Curves()
+
+    def state_dict(self) -> dict[str, int]:
+        """Return nothing: the records of before are in a file."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Draw what was recorded before too; after the file of records has been cut."""
+        records = self._path.with_name(RECORDS)
+        if records.is_file():
+            for record, moment in read_records(records):
+                self.curves.add(record, moment)
 
     def __call__(self, record: Record) -> None:
         self.curves.add(record, time.time())

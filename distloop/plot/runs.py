@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distloop.errors import ConfigError, DataError
 from distloop.observers.curves import Curves, draw, panels
+from distloop.observers.files import RECORDS, read_records
 from distloop.observers.text import label
 from distloop.plot import save
-from distloop.records import Record
 from distloop.yaml_file import read_sections
 
-RECORDS = "metrics.jsonl"
 MOST_SETTINGS = 8  # in a legend
 FIRST = ("ranks", "task", "optimizer", "schedule", "data", "train", "gradients", "strategy")  # the others after these
 OWN = ("log.",)  # differs between any two runs, and changes nothing in them
@@ -68,7 +67,7 @@ def read_run(path: Path) -> Run:
         reason = "there is no such folder" if not path.exists() else f"is no run directory, it has no {RECORDS}"
         raise ConfigError(f"{path}: {reason}" + (f" (in it are: {', '.join(inner[:5])})" if inner else ""))
     curves, settings = Curves(), {}
-    for record, moment in _records(path / RECORDS):
+    for record, moment in read_records(path / RECORDS):
         curves.add(record, moment)
         if record.kind == "start":  # "2 ranks started by torchrun on cpu": the configuration does not know how many
             settings["ranks"] = str(record.values.get("world", "")).partition(" ")[0]
@@ -109,21 +108,3 @@ def _short(value: Any) -> str:
     if isinstance(value, float) and not isinstance(value, bool):
         return f"{value:g}"
     return "none" if value is None else value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _records(path: Path) -> Iterator[tuple[Record, float]]:
-    """Yield records and their times. A last line that is cut off belongs to a run that goes on, or was killed."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as failure:
-        raise DataError(f"{path}: cannot be read: {failure.strerror}") from None
-    for number, text in enumerate(lines, 1):
-        try:
-            values = json.loads(text)
-            head = Record(values.pop("kind"), int(values.pop("step")), int(values.pop("epoch")), values)
-            moment = float(values.pop("time"))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            if number == len(lines):
-                return
-            raise DataError(f"{path}:{number}: is no record of a run") from None
-        yield head, moment

@@ -72,7 +72,7 @@ def plan_rates(resolved: Resolved) -> Planned:
     Method(resolved)
     task = _task(resolved)
     plan = _plan(resolved, task)
-    steps = steps_of(config, plan)
+    steps = steps_of(config, None if plan is None else plan.steps)
     shown = steps or config.schedule.steps or _enough(config)
     updates = sorted({*range(1, shown + 1, -(-shown // MOST_POINTS)), shown})
     names = list(task.objectives) if resolved.learners else [""]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -89,6 +89,8 @@ class Strategy(ABC):
     shards: Sequence[Shard]  # what this rank's optimizer updates
     plan: Sequence[str] = ()  # what it sends in a step, in order; where it is known
     about = ""  # what a user may want to know before the training
+    replicated = True  # whether every rank's shards are all of every parameter
+    apart = False  # whether shards hold what the model does not: more precision, or an update that it has not had yet
     on_host = False  # whether shards lie in the host's memory, and are rounded on their way back to the model
     needs_every_gradient = False  # whether each rank's loss must reach every parameter
     sends_every_backward = False  # whether ranks wait for each other in every backward, not in the final one alone
@@ -153,6 +155,32 @@ class Strategy(ABC):
     def whole(self) -> AbstractContextManager[None]:
         """Return a context in which the model is whole on every rank, to be run, read or written; all ranks enter."""
         return nullcontext()
+
+    def still(self) -> AbstractContextManager[None]:
+        """Return a context in which nothing is under way and all is as it is between two steps; all ranks enter.
+
+        The model is whole, and as the next forward pass will see it.
+        """
+        return self.whole()
+
+    def exported(self) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+        """Yield each parameter's name with the optimizer's values and state, whole; all ranks take all of them.
+
+        Nothing, unless the strategy :attr:`updates_itself`; else the learner's optimizer knows.
+        """
+        yield from ()
+
+    def counters(self) -> dict[str, float]:
+        """Return numbers that go with :meth:`exported` and belong to no parameter."""
+        return {}
+
+    def imported(  # noqa: B027 (who exports nothing imports nothing)
+        self, state: Iterable[tuple[str, Mapping[str, Tensor]]], counters: Mapping[str, float]
+    ) -> None:
+        """Go on from what was exported, by any strategy on any number of ranks; all ranks call it alike."""
+
+    def resume(self) -> None:  # noqa: B027 (most strategies have nothing more to do)
+        """Take note that parameters, shards and optimizer were set to a state between two steps of an earlier run."""
 
     def finish(self) -> None:
         """Leave the model whole, and as any other, on every rank: no step follows. All ranks call it."""

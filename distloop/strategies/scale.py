@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from distloop.errors import NonFiniteError
 
 
@@ -14,6 +16,14 @@ class DynamicScale:
         self.scale, self.growth_interval = scale, growth_interval
         self.good_steps = 0
         self.overflowed = False  # in the last step
+
+    def state_dict(self) -> dict[str, float]:
+        """Return what decides how the scale goes on."""
+        return {"loss_scale": self.scale, "good_steps": float(self.good_steps)}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.scale, self.good_steps = state["loss_scale"], int(state["good_steps"])
 
     def adjust(self, *, overflowed: bool) -> None:
         """Take note of a step, which all ranks found overflowed or not."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -178,6 +178,17 @@ class ActorCritic:
             "return": (sum(played), float(len(played))),
             "environment_steps": self._steps,
         }
+
+    def state(self) -> dict[str, Any]:
+        """Return what is still to be reported; the episodes of an epoch are in the checkpoint as its data."""
+        return {"returns": list(self._returns), "steps": self._steps}
+
+    def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from the states of all ranks; of other ranks than before, the first has what is to be reported."""
+        rank, same = self._site.world.rank, len(states) == self._site.world.size
+        own = [states[rank]] if same else states if rank == 0 else []
+        self._returns = [value for state in own for value in state["returns"]]
+        self._steps = sum(state["steps"] for state in own)
 
     def _scores(self, observations: Tensor) -> Tensor:
         (name, *_) = self.objectives

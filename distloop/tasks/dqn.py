@@ -67,7 +67,7 @@ class QLearning:
         self.model, self.discount, self.every = model, discount, target_every
         self.target = MovingAverage(model, target_decay)
         self.memory: ReplayMemory | None = None  # told the errors, if it draws by priority
-        self._updates = 0
+        self.updates = 0
 
     def guess(self, batch: Transitions) -> Tensor:
         values: Tensor = self.model(batch.observations)
@@ -91,8 +91,8 @@ class QLearning:
 
     def updated(self) -> None:
         """Let the target network follow."""
-        self._updates += 1
-        if self._updates % self.every == 0:
+        self.updates += 1
+        if self.updates % self.every == 0:
             self.target.update(self.model)
 
 
@@ -161,7 +161,7 @@ class DQN:
 
     def join(self, site: Site) -> None:
         self._site = site
-        self._numbers = site.part(self._environments)
+        self._numbers = self._share(site.world.rank)
         # Each rank remembers in proportion to the environments that it acts in.
         own = max(1, self._capacity * len(self._numbers) // self._environments)
         seed = site.seed_of("memory", site.world.rank)
@@ -174,11 +174,40 @@ class DQN:
         """Act in this rank's environments, and draw from what it remembers in proportion to that."""
         if epoch == 0:
             self._act("warm-up", self._warm_up, random=True)
-        acted = self._act(epoch, self._steps)
+        self._act(epoch, self._steps)
         if self._exponent:
             self.memory.correction = self._along(self._correction, 1.0)
             self.memory.floor = float(self._site.gather(torch.tensor([self.memory.least()])).min())
+        return self.recall(epoch)
+
+    def recall(self, epoch: int) -> PerRank:
+        """Return the draws of an epoch after its acting; each is drawn when it is read."""
+        acted = -(-self._steps // self._environments) * len(self._numbers)
         return PerRank(Draws(self.memory, round(self._ratio * acted)) if acted else None)
+
+    def state(self) -> dict[str, Any]:
+        """Return memory, environments and counters of this rank."""
+        return {
+            "acted": self._acted,
+            "updates": self.learned.updates,
+            "floor": self.memory.floor,
+            "memory": self.memory.state_dict(),
+            "stream": self._stream.state(),
+        }
+
+    def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from the states of all ranks; of other ranks than before, what they remembered is dealt anew."""
+        world = self._site.world
+        self._acted, self.learned.updates = states[0]["acted"], states[0]["updates"]
+        self.memory.correction, self.memory.floor = self._along(self._correction, 1.0), states[0]["floor"]
+        self._stream.restore([state["stream"] for state in states])
+        memories = [state["memory"] for state in states]
+        if len(states) == world.size:
+            self.memory.load_state_dict(memories[world.rank])
+            return
+        owners = [rank for rank in range(world.size) for _ in range(len(self._share(rank)))]
+        mine = torch.tensor([owner == world.rank for owner in owners])
+        self.memory.take_from(memories, mine)
 
     def evaluate(self, batch: tuple[Tensor]) -> Figures:
         """Return the mean return of episodes in which the best action is taken."""
@@ -202,8 +231,8 @@ class DQN:
         return first + (last - first) * min(self._acted / self._explore_steps, 1.0)
 
     @torch.no_grad()
-    def _act(self, label: int | str, steps: int, *, random: bool = False) -> int:
-        """Take ``steps`` steps over all environments; return how many of them were this rank's."""
+    def _act(self, label: int | str, steps: int, *, random: bool = False) -> None:
+        """Take ``steps`` steps over all environments."""
         rounds = -(-steps // self._environments)
         chances = Chances([self._site.generator("exploring", label, number) for number in self._numbers])
         for _ in range(rounds):
@@ -213,7 +242,11 @@ class DQN:
                 best = anything if random else self._best(self._stream.observations())
                 self.memory.add(*self._stream.step(torch.where(explore, anything, best).tolist()))
             self._acted += 0 if random else self._environments
-        return rounds * len(self._numbers)
+
+    def _share(self, rank: int) -> range:
+        """Return the numbers of a rank's environments."""
+        count, ranks = self._environments, self._site.world.size
+        return range(count * rank // ranks, count * (rank + 1) // ranks)
 
     def _best(self, observations: Tensor) -> Tensor:
         values: Tensor = self.learned.model(observations.to(self._site.device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,6 +143,7 @@ class Stream:
         self._environments = [make.borrow() for _ in self.numbers]
         self._begun = [0 for _ in self.numbers]
         self._returns = [0.0 for _ in self.numbers]
+        self._actions: list[list[int]] = [[] for _ in self.numbers]  # since the reset
         self._seen = [self._reset(i) for i in range(len(self.numbers))]
         self.finished: list[float] = []  # sums of rewards of episodes that have ended since someone emptied this list
 
@@ -159,6 +160,7 @@ class Stream:
             rewards.append(float(reward))
             ends.append(bool(terminated))
             self._returns[i] += float(reward)
+            self._actions[i].append(action)
             if terminated or truncated:
                 self.finished.append(self._returns[i])
                 self._seen[i] = self._reset(i)
@@ -172,10 +174,40 @@ class Stream:
             torch.tensor(ends),
         )
 
+    def state(self) -> dict[str, Any]:
+        """Return how to bring the environments to where they are: their episodes, and what was done in them."""
+        own = {
+            str(number): {"begun": self._begun[i], "actions": torch.tensor(self._actions[i], dtype=torch.int64)}
+            for i, number in enumerate(self.numbers)
+        }
+        return {"environments": own, "finished": list(self.finished)}
+
+    def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Bring this rank's environments to where they were, whichever rank had them, by doing the same again.
+
+        An environment that is not a function of its seed and of the actions will be elsewhere.
+        """
+        every = {int(number): one for state in states for number, one in state["environments"].items()}
+        for i, number in enumerate(self.numbers):
+            self._begun[i] = every[number]["begun"] - 1
+            self._seen[i] = self._reset(i)
+            for action in every[number]["actions"].tolist():
+                seen, reward, *_ = self._environments[i].step(action + self._make.first_action)
+                self._seen[i] = _copy(seen)
+                self._returns[i] += float(reward)
+                self._actions[i].append(action)
+        same = len(states) == self._site.world.size
+        rank = self._site.world.rank
+        # Of other ranks than before, the first has what is still to be reported.
+        self.finished = list(states[rank]["finished"]) if same else []
+        if not same and rank == 0:
+            self.finished = [value for state in states for value in state["finished"]]
+
     def _reset(self, i: int) -> Any:
         seed = self._site.seed_of("environment", self.numbers[i], self._begun[i])
         self._begun[i] += 1
         self._returns[i] = 0.0
+        self._actions[i] = []
         return _copy(self._environments[i].reset(seed=seed)[0])
 
 

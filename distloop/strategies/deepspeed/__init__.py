@@ -125,7 +125,7 @@ class DeepSpeed(Strategy):
         """Return what goes with :meth:`exported` and belongs to no parameter."""
         own = {"updates": float(self._updates)}
         if self._scale is not None:
-            own |= {"loss_scale": self._scale.scale, "good_steps": float(self._scale.good_steps)}
+            own |= self._scale.state_dict()
         return own
 
     def imported(self, state: Iterable[tuple[str, Mapping[str, Tensor]]], counters: Mapping[str, float]) -> None:
@@ -133,7 +133,7 @@ class DeepSpeed(Strategy):
         self._updates = int(counters["updates"])
         self._state.write(state, self._updates)
         if self._scale is not None and "loss_scale" in counters:
-            self._scale.scale, self._scale.good_steps = counters["loss_scale"], int(counters["good_steps"])
+            self._scale.load_state_dict(counters)
             self._rescale()
 
     def whole(self) -> AbstractContextManager[None]:

@@ -44,11 +44,13 @@ class ZeroOffload(Strategy):
     """
 
     on_host = True
+    replicated = False
 
     def __init__(self, parameters: Parameters, transport: Transport, options: Options, link: Link | None = None):
         super().__init__(parameters, transport)
         device = self._list[0].device
         link = link_to(device) if link is None else link
+        self.apart = options.delayed_update or options.weights is not None
         self._delayed, self._on_shard = options.delayed_update, options.accumulate == "shard"
         self.sends_every_backward = self._on_shard
         capacity = options.bucket_bytes(parameters)
@@ -178,6 +180,14 @@ class ZeroOffload(Strategy):
             self._traffic.open()
             self._traffic.complete()
         return nullcontext()
+
+    def still(self) -> AbstractContextManager[None]:
+        self._traffic.complete()
+        self._worker.join()
+        return nullcontext()
+
+    def resume(self) -> None:
+        self._steps = 1  # there is an update that the model may not have had
 
     def finish(self) -> None:
         self.whole()
