@@ -37,10 +37,10 @@ def surprise(counts: Tensor) -> float:
 @pytest.mark.parametrize("samples", [*range(0, 301), 1009, 2**14 + 1, 99_999, 10**6 + 3])
 def test_it_is_a_bijection(samples: int) -> None:
     positions = torch.arange(samples)
-    for seed in (0, 7 * samples + 1):
-        indices = Order(seed, samples)(positions)
-        assert torch.equal(indices.sort().values, positions)
-        assert torch.equal(Order(seed, samples).inverse(indices), positions)
+    order = Order(7 * samples + 1, samples)
+    indices = order(positions)
+    assert torch.equal(indices.sort().values, positions)
+    assert torch.equal(order.inverse(indices), positions)
 
 
 @pytest.mark.parametrize("samples", [10**9, 10**12, 10**15, LARGEST])
@@ -94,8 +94,8 @@ def test_small_orders_are_all_equally_likely(samples: int) -> None:
 
 @pytest.mark.parametrize("samples", [9, 15, 16, 25])
 def test_both_parities_occur(samples: int) -> None:
-    odd = sum(int(torch.linalg.det(torch.eye(samples)[whole(seed, samples)]) < 0) for seed in range(1000))
-    assert surprise(torch.tensor([odd, 1000 - odd])) < 4.0
+    odd = sum(int(torch.linalg.det(torch.eye(samples)[whole(seed, samples)]) < 0) for seed in range(200))
+    assert surprise(torch.tensor([odd, 200 - odd])) < 4.0
 
 
 def of_pairs(samples: int, seeds: int) -> dict[str, float]:
@@ -131,7 +131,7 @@ def of_one_order(samples: int) -> dict[str, float]:
 
 CHECKS: list[Callable[[], dict[str, float]]] = [
     lambda: of_pairs(12, 1500),
-    lambda: of_pairs(31, 2000),
+    lambda: of_pairs(31, 1200),
     lambda: of_pairs(100, 2000),
     lambda: of_one_order(10_000),
     lambda: of_one_order(300_001),
