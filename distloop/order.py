@@ -8,7 +8,7 @@ until it ends inside, which keeps it a bijection.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from math import isqrt
 from typing import TypeVar
@@ -22,13 +22,14 @@ from distloop.errors import DataError
 
 LARGEST = 2**50  # samples in an order
 CLOSE = 2**20  # one in so many: how far from uniform the pairs in an order may be
+FEW = 24  # positions that are sooner looked up one by one
 WINDOW, WINDOW_STEPS = 2**14, 256  # positions, or global batches, that are looked up at once
 
 Cells = npt.NDArray[np.uint64]
 What = TypeVar("What")
 
 _MASK, _GAMMA, _FIRST, _SECOND = 2**64 - 1, 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-_U_GAMMA, _U_FIRST, _U_SECOND, _26, _27, _30, _38 = map(np.uint64, (_GAMMA, _FIRST, _SECOND, 26, 27, 30, 38))
+_U_GAMMA, _U_FIRST, _U_SECOND, _26, _27, _30, _31, _38 = map(np.uint64, (_GAMMA, _FIRST, _SECOND, 26, 27, 30, 31, 38))
 
 
 def hashed(seed: int, number: int) -> int:
@@ -56,55 +57,63 @@ class Order:
         self.samples = samples
         # Turning an odd number of cells is an even permutation, so with an odd side only half of all could be reached.
         columns = max(2, (isqrt(samples) + 1) // 2 * 2)
-        rows = max(1, -(-samples // columns))
+        self._sides = columns, max(1, -(-samples // columns))
         base = hashed(seed, 1)
-        self._columns, self._rows = np.uint64(columns), np.uint64(rows)
-        self._keys = [np.uint64(hashed(base, number)) for number in range(1, rounds(min(columns, rows)) + 1)]
+        self._keys = [hashed(base, number) for number in range(1, rounds(min(self._sides)) + 1)]
 
     def __len__(self) -> int:
         return self.samples
 
     def __call__(self, positions: Tensor) -> Tensor:
         """Return the index of the sample at each position; int64, any shape."""
-        return self._each(positions, self._forward)
+        return self._each(positions, list(enumerate(self._keys)), 1)
 
     def inverse(self, indices: Tensor) -> Tensor:
         """Return the position of each sample."""
-        return self._each(indices, self._backward)
+        return self._each(indices, list(enumerate(self._keys))[::-1], -1)
 
-    def _each(self, places: Tensor, through: Callable[[Cells], Cells]) -> Tensor:
+    def _each(self, places: Tensor, keys: Sequence[tuple[int, int]], way: int) -> Tensor:
         given = places.reshape(-1)
         if len(given) and (int(given.min()) < 0 or int(given.max()) >= self.samples):
             raise IndexError(f"an order of {self.samples} samples has no place {given.min()} or {given.max()}")
+        if len(given) <= FEW:
+            few = [self._one(cell, keys, way) for cell in given.tolist()]
+            return torch.tensor(few, dtype=torch.int64).view(places.shape)
         found = torch.empty_like(given)
         for start in range(0, len(given), WINDOW):  # so much fits into a processor's cache
-            cells = through(given[start : start + WINDOW].numpy().view(np.uint64))
+            cells = self._many(given[start : start + WINDOW].numpy().view(np.uint64), keys, way)
             while len(outside := np.flatnonzero(cells >= self.samples)):
-                cells[outside] = through(cells[outside])
+                cells[outside] = self._many(cells[outside], keys, way)
             found[start : start + WINDOW] = torch.from_numpy(cells.view(np.int64))
         return found.view(places.shape)
 
-    def _forward(self, cells: Cells) -> Cells:
-        column, row = self._split(cells)
-        for number, key in enumerate(self._keys):
-            if number % 2:
-                row = _turned(row, _amount(key, column, self._rows), self._rows)
-            else:
-                column = _turned(column, _amount(key, row, self._columns), self._columns)
-        return column * self._rows + row
+    def _one(self, cell: int, keys: Sequence[tuple[int, int]], way: int) -> int:
+        """As :meth:`_many` until it ends inside, but sooner done for a few."""
+        while True:
+            cell_at = list(divmod(cell, self._sides[1]))
+            for number, key in keys:
+                turned, along = number % 2, 1 - number % 2
+                side = self._sides[turned]
+                amount = (hashed(key, cell_at[along]) >> 26) * side >> 38
+                cell_at[turned] = (cell_at[turned] + way * amount) % side
+            cell = cell_at[0] * self._sides[1] + cell_at[1]
+            if cell < self.samples:
+                return cell
 
-    def _backward(self, cells: Cells) -> Cells:
-        column, row = self._split(cells)
-        for number, key in reversed(list(enumerate(self._keys))):
-            if number % 2:
-                row = _turned(row, self._rows - _amount(key, column, self._rows), self._rows)
-            else:
-                column = _turned(column, self._columns - _amount(key, row, self._columns), self._columns)
-        return column * self._rows + row
-
-    def _split(self, cells: Cells) -> tuple[Cells, Cells]:
-        column = cells // self._rows
-        return column, cells - column * self._rows
+    def _many(self, cells: Cells, keys: Sequence[tuple[int, int]], way: int) -> Cells:
+        sides = [np.uint64(side) for side in self._sides]
+        column = cells // sides[1]
+        cell_at = [column, cells - column * sides[1]]
+        for number, key in keys:
+            turned, along = number % 2, 1 - number % 2
+            side = sides[turned]
+            moved = _amount(np.uint64(key), cell_at[along], side)
+            if way < 0:
+                np.subtract(side, moved, out=moved)
+            moved += cell_at[turned]
+            cell_at[turned] = np.minimum(moved, moved - side)  # of uint64, below zero is above everything
+        found: Cells = cell_at[0] * sides[1] + cell_at[1]
+        return found
 
 
 def rounds(side: int) -> int:
@@ -120,24 +129,18 @@ def rounds(side: int) -> int:
 
 
 def _amount(key: np.uint64, along: Cells, side: np.uint64) -> Cells:
-    """Return by how much each line is turned: a hash of the line, below ``side``. As :func:`hashed`, but in place."""
+    """Return by how much each line is turned, below ``side``: what the upper 38 bits of :func:`hashed` of it say."""
     x = along * _U_GAMMA
     x += key
     x ^= x >> _30
     x *= _U_FIRST
     x ^= x >> _27
     x *= _U_SECOND
-    x >>= _26  # the upper 38 bits are as well mixed without the last exclusive or
+    x ^= x >> _31
+    x >>= _26
     x *= side
     x >>= _38
     return x
-
-
-def _turned(cells: Cells, amount: Cells, side: np.uint64) -> Cells:
-    """Return cells + amount modulo ``side``; of uint64, below zero is above everything."""
-    amount += cells
-    np.minimum(amount, amount - side, out=amount)
-    return amount
 
 
 def in_order(order: Order | None, cuts: Iterable[tuple[What, list[range]]]) -> Iterator[tuple[What, list[Tensor]]]:
