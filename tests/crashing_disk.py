@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,17 +146,18 @@ class Model:
     def crashes(self, seed: int) -> Iterator[dict[str, bytes | None]]:
         """Yield what may be there after a loss of power now: by path, a file's content, or None for a folder."""
         draw = random.Random(seed)
+        every = self._pending
+        chosen: list[tuple[Sequence[Change], str | None]] = [(kept, how) for kept in ([], every) for how in CONTENTS]
+        chosen += [([other for other in every if other is not one], "full") for one in every]
+        chosen += [([one for one in every if draw.random() < 0.5], None) for _ in range(4)]
         seen = set()
-        for content in CONTENTS:
-            for names in ("none", "all", "some", "some"):
-                kept = [c for c in self._pending if names == "all" or (names == "some" and draw.random() < 0.5)]
-                pick = content if names != "some" else None
-                state = self._state(kept, pick, draw)
-                if (key := tuple(sorted(state.items()))) not in seen:
-                    seen.add(key)
-                    yield state
+        for kept, content in chosen:
+            state = self._state(kept, content, draw)
+            if (key := tuple(sorted(state.items()))) not in seen:
+                seen.add(key)
+                yield state
 
-    def _state(self, kept: list[Change], content: str | None, draw: random.Random) -> dict[str, bytes | None]:
+    def _state(self, kept: Sequence[Change], content: str | None, draw: random.Random) -> dict[str, bytes | None]:
         safe = {key: dict(names) for key, names in self._safe.items()}
         for change in kept:
             for folder, name, node in change:
