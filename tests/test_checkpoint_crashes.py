@@ -131,14 +131,24 @@ def test_a_crash_at_any_operation_leaves_old_or_new(
     assert seen == {OLD if old else None, NEW}
 
 
-@pytest.mark.parametrize("left_out", ["sync", "sync_directory"])
-def test_a_save_that_leaves_out_an_fsync_would_be_found(left_out: str, folder: Path) -> None:
-    with pytest.raises(AssertionError, match="torn"):
-        crash_everywhere(one_rank, folder, old=True, left_out=left_out)
+@pytest.mark.parametrize(
+    ("kind", "index", "found"), [("sync", 0, "torn"), ("sync_directory", 0, "torn"), ("sync_directory", -1, "safe")]
+)
+def test_a_save_that_leaves_out_an_fsync_would_be_found(kind: str, index: int, found: str, folder: Path) -> None:
+    def without(log: Operations) -> Operations:
+        doomed = [number for number, operation in enumerate(log) if operation[0] == kind][index]
+        return log[:doomed] + log[doomed + 1 :]
+
+    with pytest.raises(AssertionError, match=found):
+        crash_everywhere(one_rank, folder, old=True, spoil=without)
 
 
 def crash_everywhere(
-    way: Callable[[Checkpoints, int], list[Operations]], folder: Path, *, old: bool, left_out: str = ""
+    way: Callable[[Checkpoints, int], list[Operations]],
+    folder: Path,
+    *,
+    old: bool,
+    spoil: Callable[[Operations], Operations] = list,
 ) -> set[int | None]:
     """Crash at every operation of a save and check what a loader finds; return the steps that it found."""
     run, disk = folder / "run", Recorder()
@@ -147,7 +157,7 @@ def crash_everywhere(
     if old:
         way(store, OLD)
     shutil.copytree(run, folder / "before")
-    logs = [[op for op in log if op[0] != left_out] for log in way(store, NEW)]
+    logs = [spoil(log) for log in way(store, NEW)]
     wanted = {step: content(store.open(store.path(step))) for step in store.steps()}
     shutil.rmtree(run)
     (folder / "before").rename(run)
@@ -200,11 +210,11 @@ def test_a_crash_while_others_are_removed_or_set_aside_leaves_the_newest(folder:
     replay(run, folder / "after", operations, check, 0)
 
 
-def saved_on(folder: Path, disk: Disk, way: Callable[[Checkpoints, int], object]) -> tuple[Checkpoints, str | None]:
+def saved_on(root: Path, disk: Disk, way: Callable[[Checkpoints, int], object]) -> tuple[Checkpoints, str | None]:
     """Save once, then once more on this disk; return the checkpoints, and the error."""
-    folder = folder / "run" / "checkpoints"
+    folder = root / "run" / "checkpoints"
     if folder.exists():
-        shutil.rmtree(folder / "run")
+        shutil.rmtree(root / "run")
     folder.parent.mkdir()
     one_rank(Checkpoints(folder, QuickDisk()), OLD)
     try:
