@@ -8,11 +8,14 @@ import os
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from distloop.errors import CheckpointError, StorageError
 
+ALONE = 2**18  # bytes from which on a thread of its own hashes them
+AHEAD = 2**25  # bytes after which the disk is to begin with them
 CHUNK = 2**22  # bytes that are hashed and written at a time: in the cache still when the second does it
 # What says that a file is not what it should be. Anything else (permissions, too many open files) says nothing of it.
 DAMAGE = {errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.EBADF, errno.ENXIO, errno.ENODATA}
@@ -28,20 +31,24 @@ class Disk:
         Returns:
             number of bytes and sha256, taken of what was given while it was written.
         """
-        digest, total = hashlib.sha256(), 0
+        digest, total, begun = _Digest(), 0, 0
         descriptor = self.create(path)
         try:
             for part in parts:
                 view = memoryview(part).cast("B")
-                total += len(view)
                 for start in range(0, len(view), CHUNK):
                     chunk = view[start : start + CHUNK]
                     digest.update(chunk)
                     self.put(descriptor, chunk)
+                    total += len(chunk)
+                    if total // AHEAD != begun:
+                        begun = total // AHEAD
+                        self.begin(descriptor, total)
             self.sync(descriptor)
         finally:
+            digest.close()
             os.close(descriptor)
-        return total, digest.hexdigest()
+        return total, digest.hex()
 
     def create(self, path: Path) -> int:
         """Return a descriptor of a file that was not there."""
@@ -51,6 +58,11 @@ class Disk:
         """Write all of ``data``."""
         while len(data):
             data = data[os.write(descriptor, data) :]
+
+    def begin(self, descriptor: int, size: int) -> None:
+        """Have the disk begin with what has been written, and do not wait for it."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, size, os.POSIX_FADV_DONTNEED)
 
     def sync(self, descriptor: int) -> None:
         """Return when the content of an open file is on the disk."""
@@ -155,6 +167,35 @@ class Disk:
             return sorted(inner.name for inner in path.iterdir())
         except FileNotFoundError:
             return []
+
+
+class _Digest:
+    """A sha256 that is taken of large chunks beside what the caller does with them."""
+
+    def __init__(self) -> None:
+        self._digest, self._threads = hashlib.sha256(), ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def update(self, chunk: memoryview) -> None:
+        """Take a chunk; it must not change until the next one is taken, or the result."""
+        self._settle()
+        if len(chunk) >= ALONE:
+            with suppress(RuntimeError):  # while the interpreter ends there are no new threads
+                self._pending = self._threads.submit(self._digest.update, chunk)
+                return
+        self._digest.update(chunk)
+
+    def hex(self) -> str:
+        self._settle()
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        self._threads.shutdown()
+
+    def _settle(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
 
 
 def _chunks(descriptor: int) -> Iterator[memoryview]:

@@ -26,6 +26,7 @@ from distloop.errors import CheckpointError
 
 SCHEMA = 1
 THREADS = min(4, os.cpu_count() or 1)  # that hash files of one checkpoint at once
+ALONE = 2**22  # bytes from which on that is faster
 SHA256 = re.compile(r"[0-9a-f]{64}")
 KEYS = {"schema", "step", "created", "facts", "files", "tensors"}
 
@@ -111,8 +112,7 @@ def examine(path: Path, disk: Disk, *, contents: bool) -> Checkpoint:
         if found != said["bytes"]:
             raise CheckpointError(f"{path / name}: has {found} bytes; {MANIFEST} says {said['bytes']}")
     if contents:
-        with ThreadPoolExecutor(THREADS) as threads:
-            list(threads.map(lambda name: _check_content(path / name, files[name]["sha256"], disk), files))
+        _check_contents(path, files, disk)
     headers, metadata = {}, {}
     for name in files:
         if name.endswith(SUFFIX):
@@ -144,6 +144,18 @@ def _check_directory(path: Path) -> None:
         raise CheckpointError(f"{path}: is {kind}; a checkpoint's directory is expected")
 
 
+def _check_contents(path: Path, files: Mapping[str, Mapping[str, Any]], disk: Disk) -> None:
+    def check(name: str) -> None:
+        _check_content(path / name, files[name]["sha256"], disk)
+
+    if sum(said["bytes"] for said in files.values()) < ALONE:
+        for name in files:
+            check(name)
+        return
+    with ThreadPoolExecutor(THREADS) as threads:
+        list(threads.map(check, files))
+
+
 def _check_content(path: Path, expected: str, disk: Disk) -> None:
     with checking(path):
         _, found = disk.size_and_digest(path)
@@ -171,7 +183,8 @@ def _manifest(path: Path, disk: Disk) -> dict[str, Any]:
 
 
 def _shown(data: bytes) -> str:
-    return data.decode("ascii", "backslashreplace")
+    """Return bytes that may be anything, for one line."""
+    return ascii(data.decode("ascii", "backslashreplace"))[1:-1]
 
 
 def _check_manifest(manifest: object) -> None:
