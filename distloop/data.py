@@ -17,7 +17,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from distloop.collectives.tree import own_leaves
 from distloop.errors import ConfigError, DataError
+from distloop.leaves import by_leaf
 from distloop.loading import Fetch, Loading, ToDevice, loader_batches
 from distloop.transports import Alone, Rows, Transport
 from distloop.world import World
@@ -33,11 +35,14 @@ class Plan:
         samples: number of samples N in the data set.
         global_batch_size: samples in a global batch, over all ranks.
         micro_batch_size: most samples that one rank runs at once (None: its whole share).
+        leaves: parts that each global batch has whatever the number of ranks, each a micro-batch even if it is empty;
+            0 where ranks cut batches.
     """
 
     samples: int
     global_batch_size: int
     micro_batch_size: int | None = None
+    leaves: int = 0
 
     def __post_init__(self) -> None:
         if self.global_batch_size < 1:
@@ -65,13 +70,18 @@ class Plan:
         return batch[n * rank // ranks : n * (rank + 1) // ranks]
 
     def micro_batches(self, step: int, rank: int, ranks: int) -> list[range]:
-        """Return the rank's part cut into micro-batches, none of them empty."""
+        """Return the rank's part cut into micro-batches, none of them empty unless it is a leaf."""
+        if self.leaves:
+            own = own_leaves(rank, self.leaves, ranks)
+            return [self.part(step, leaf, self.leaves) for leaf in own]
         part = self.part(step, rank, ranks)
         size = self.micro_batch_size or max(len(part), 1)
         return [part[i : i + size] for i in range(0, len(part), size)]
 
     def accumulation(self, ranks: int) -> int:
         """Return the most micro-batches that a rank accumulates in one step."""
+        if self.leaves:
+            return -(-self.leaves // ranks)
         largest = -(-min(self.global_batch_size, self.samples) // ranks)
         return -(-largest // (self.micro_batch_size or largest))
 
@@ -147,6 +157,8 @@ class Assembly(ABC):
             agreed on by one small all-gather, launched one global batch ahead so that nobody waits for it.
     """
 
+    leaves = 0  # parts that each global batch has whatever the number of ranks
+
     def __init__(
         self,
         samples: Any,
@@ -183,15 +195,15 @@ class Assembly(ABC):
 
     @abstractmethod
     def cuts(self, epoch: int, world: World) -> Iterator[Cut]:
-        """Yield this rank's part of each global batch, as the indices of its micro-batches."""
+        """Yield this rank's part of each global batch, as the indices of its micro-batches, or of all its leaves."""
 
     def _assemble(self, epoch: int, world: World) -> Iterator[Minibatch]:
         # The reader runs ahead of the steps, so that it can read for several of them at once.
         ahead, cuts = tee(self.cuts(epoch, world))
-        batches = self._read((indices for _, parts in ahead for indices in parts), epoch, world)
+        batches = self._read((indices for _, parts in ahead for indices in parts if len(indices)), epoch, world)
         for position, parts in cuts:
             samples = position.samples
-            held = [MicroBatch(next(batches), len(part) / samples, False) for part in parts]
+            held = [MicroBatch(next(batches) if len(part) else None, len(part) / samples, False) for part in parts]
             held += [MicroBatch(None, 0.0, False) for _ in range(self.least(position, world) - len(parts))]
             held[-1].final = True
             yield Minibatch(position, held)
@@ -203,7 +215,8 @@ class Assembly(ABC):
     def _read(self, indices: Iterator[Tensor], epoch: int, world: World) -> Iterator[Any]:
         """Yield the batch of each index tensor."""
         if self._loading.workers == 0:
-            return self._fetch.all(indices)
+            # A leaf is read by itself: where a tensor begins in memory may show in the bits of what is computed of it.
+            return map(self._fetch, indices) if self.leaves else self._fetch.all(indices)
         return loader_batches(
             self._fetch,
             list(indices),
@@ -222,7 +235,8 @@ class Assembly(ABC):
         for micro_batch in minibatch:
             micro_batch.shares = {name: self._weight(name, micro_batch) for name in self._weighers}
         own = [[m.shares[name] for name in self._weighers] for m in minibatch if m.shares is not None]
-        return self._transport.all_gather(torch.tensor(own, dtype=torch.float64).sum(0))
+        rows = by_leaf(torch.tensor(own, dtype=torch.float64), self.leaves, self._transport)
+        return self._transport.all_gather(rows)
 
     def _weight(self, name: str, micro_batch: MicroBatch) -> float:
         if micro_batch.batch is None:
@@ -234,7 +248,7 @@ class Assembly(ABC):
 
     def _agreed(self, minibatch: Minibatch, rows: Rows) -> Minibatch:
         """Turn weights into shares of the global batch's weight."""
-        totals = dict(zip(self._weighers, rows.wait().sum(0).tolist(), strict=True))
+        totals = dict(zip(self._weighers, rows.wait().sum(0).sum(0).tolist(), strict=True))
         for micro_batch in minibatch:
             weights = micro_batch.shares or {}
             micro_batch.shares = {name: w / totals[name] if totals[name] else 0.0 for name, w in weights.items()}
@@ -257,7 +271,7 @@ class Batches(Assembly):
         if plan.samples == 0:
             raise DataError("the data set is empty: there is nothing to train on")
         super().__init__(samples, **options)
-        self.plan, self.in_step = plan, in_step
+        self.plan, self.in_step, self.leaves = plan, in_step, plan.leaves
 
     def first(self, samples: int) -> Any:
         """Return a batch of at most so many samples, the first ones."""

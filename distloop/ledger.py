@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distloop.errors import NonFiniteError
 from distloop.learner import Learner
+from distloop.leaves import by_leaf
 from distloop.loop import Update
 from distloop.transports import Transport
 
@@ -78,10 +79,14 @@ class Ledger:
         if not self._turns:
             return None
         turns, self._turns = self._turns, []
-        own = torch.cat([_local_losses(turns), _local_shares(turns), torch.tensor([self._collecting()]).double()])
-        by_rank, busy, collecting = self._transport.all_gather(own).wait().split([len(turns), len(turns), 1], dim=1)
+        parts = self._local_losses(turns)  # (turns, parts of a global batch)
+        own = torch.cat([parts.view(-1), _local_shares(turns), torch.tensor([self._collecting()]).double()])
+        rows = self._transport.all_gather(own).wait()
+        by_part, busy, collecting = rows.split([parts.numel(), len(turns), 1], dim=1)
+        by_part = by_part.view(-1, *parts.shape)
+        by_rank = by_part.sum(2)
         losses: dict[str, list[float]] = {learner.name: [] for learner in self._learners}
-        for i, (turn, loss) in enumerate(zip(turns, by_rank.sum(0).tolist(), strict=True)):
+        for i, (turn, loss) in enumerate(zip(turns, by_part.sum(0).sum(1).tolist(), strict=True)):
             name = turn.update.learner.name
             self._check(name, loss, turn.step, by_rank[:, i])
             if turn.applied:
@@ -95,6 +100,14 @@ class Ledger:
         self._samples, self._since = 0, now
         idle = _idle(busy, collecting, seconds)
         return values | ({"idle": idle} if idle >= LEAST_IDLE else {})
+
+    def _local_losses(self, turns: Sequence[_Turn]) -> Tensor:
+        """Return this rank's part of the global loss of each turn, in double precision; one copy from the device."""
+        pairs = [turn.update.losses for turn in turns]
+        losses = iter(torch.stack([loss for own in pairs for _, loss in own]).double().tolist())
+        own = [torch.tensor([share * next(losses) for share, _ in row], dtype=torch.float64) for row in pairs]
+        leaves = turns[0].update.learner.strategy.leaves  # as all learners have
+        return torch.stack([by_leaf(row, leaves, self._transport) for row in own])
 
     def _values(self, learner: Learner, losses: list[float]) -> dict[str, Any]:
         values: dict[str, Any] = {
@@ -123,13 +136,6 @@ class Ledger:
             f"the loss exploded to {loss:.4g} at {where} (it began at {first:.4g}; most of it on rank "
             f"{int(by_rank.abs().argmax())}); {remedy}"
         )
-
-
-def _local_losses(turns: Sequence[_Turn]) -> Tensor:
-    """Return this rank's part of the global loss of each turn, in double precision; one copy from the device."""
-    pairs = [turn.update.losses for turn in turns]
-    losses = iter(torch.stack([loss for own in pairs for _, loss in own]).double().tolist())
-    return torch.tensor([sum(share * next(losses) for share, _ in own) for own in pairs], dtype=torch.float64)
 
 
 def _local_shares(turns: Sequence[_Turn]) -> Tensor:

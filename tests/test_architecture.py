@@ -20,7 +20,7 @@ FLOORS = [
     ["strategies"],
     ["transforms", "schedules"],
     ["optimizer", "cpu_adam"],
-    ["loading", "data", "uneven", "site", "memory", "averages", "losses", "first_step"],
+    ["loading", "data", "leaves", "leaf_state", "uneven", "site", "memory", "averages", "losses", "first_step"],
     ["learner", "turns"],
     ["checkpoint"],
     ["loop"],

@@ -10,6 +10,7 @@ import torch
 
 from distloop.agreement import Agreement
 from distloop.build.contents import fingerprint, samples_in
+from distloop.build.deterministic import hold_to_leaves, leaves_of
 from distloop.build.facts import facts
 from distloop.build.feeding import Fed, make_loading
 from distloop.build.length import epochs_of, steps_of
@@ -103,6 +104,7 @@ class Builder:
         first = fed.collect(0)
         steps = steps_of(config, getattr(first, "plan", None))
         turns = self._turns(task, strategies, steps)
+        hold_to_leaves(turns.learners, task, config, place.device, transport)
         evaluation = self._evaluation(task, place)
         monitored = self._check_monitor(evaluation)
         directory = make_directory(config, world, transport)
@@ -191,6 +193,8 @@ class Builder:
             collate=getattr(task, "collate", None),
             loading=make_loading(self.config),
             precision=lambda: autocast(place.device, self.config.precision.name),
+            leaves=leaves_of(self.config),
+            seed=self.config.train.seed,
         )
 
     def _monitor(self) -> Monitor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from distloop.build.contents import fingerprint, samples_in
+from distloop.build.deterministic import leaves_of
 from distloop.build.place import Place
 from distloop.config import Config
 from distloop.data import Batches, Plan, derive_seed
@@ -92,6 +93,12 @@ class Fed:
                 f"{KINDS[kind]}; return a data set, or use stage 1 or 2",
                 everywhere=True,
             )
+        if kind != 0 and leaves_of(self._config):
+            raise ConfigError(
+                f"train.deterministic: collect({self._epoch}) returned {KINDS[kind]}, which depend on the number of "
+                "ranks; return a data set that is the same on every rank, or turn it off",
+                everywhere=True,
+            )
         if kind == 0 and data is self._data and size == self._size:
             return
         self._data, self._size = (data, size) if kind == 0 else (None, None)
@@ -126,7 +133,7 @@ class Fed:
         sizes = self._config.data
         facts = {"number of samples": size, "contents": fingerprint(data)}
         agree_on(self._place.transport, facts, "the data set (samples of each rank's own come as distloop.PerRank)")
-        plan = Plan(size, sizes.global_batch_size, sizes.micro_batch_size)
+        plan = Plan(size, sizes.global_batch_size, sizes.micro_batch_size, leaves_of(self._config))
         return Batches(data, plan, in_step=self._in_step, **self._options())
 
     def _options(self) -> dict[str, Any]:
