@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from distloop.collectives.tree import Fold, sum_nodes
 from distloop.data import derive_seed
 from distloop.errors import ConfigError
-from distloop.transports import Transport
+from distloop.strategies import Strategy
 
 
 def seed_generators(device: torch.device, *parts: int | str) -> None:
@@ -37,23 +37,13 @@ class LeafState:
         name: of the learner.
         seed: of the run.
         models: all that a forward pass of the learner may run; a buffer that none of them moves costs a comparison.
-        device: where they are.
-        transport: to the other ranks.
-        leaves: parts of a global batch.
+        strategy: the learner's.
     """
 
-    def __init__(
-        self,
-        name: str,
-        seed: int,
-        models: Iterable[nn.Module],
-        *,
-        device: torch.device,
-        transport: Transport,
-        leaves: int,
-    ):
-        self._name, self._seed, self._device = name, seed, device
-        self._transport, self._leaves = transport, leaves
+    def __init__(self, name: str, seed: int, models: Iterable[nn.Module], strategy: Strategy):
+        self._name, self._seed = name, seed
+        self._transport, self._leaves = strategy.transport, strategy.leaves
+        self._device = next(iter(strategy.parameters.values())).device
         found = {
             id(buffer): (module, key)
             for module in dict.fromkeys(module for model in models for module in model.modules())

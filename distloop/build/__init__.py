@@ -104,7 +104,6 @@ class Builder:
         first = fed.collect(0)
         steps = steps_of(config, getattr(first, "plan", None))
         turns = self._turns(task, strategies, steps)
-        hold_to_leaves(turns.learners, task, config, place.device, transport)
         evaluation = self._evaluation(task, place)
         monitored = self._check_monitor(evaluation)
         directory = make_directory(config, world, transport)
@@ -208,6 +207,7 @@ class Builder:
         for name, objective in task.objectives.items():
             own = None if steps is None else max(1, steps // every.get(name, 1))
             learners.append(self._learner(name, objective, strategies[name], own))
+        hold_to_leaves(learners, task, self.config.train.seed)
         return Turns(learners, every)
 
     def _learner(self, name: str, objective: Objective, strategy: Strategy, steps: int | None) -> Learner:

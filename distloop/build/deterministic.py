@@ -15,7 +15,6 @@ from distloop.config import Config
 from distloop.leaf_state import LeafState
 from distloop.learner import Learner, held_modules
 from distloop.leaves import leaves_of_at_most
-from distloop.transports import Transport
 
 
 def leaves_of(config: Config) -> int:
@@ -25,25 +24,15 @@ def leaves_of(config: Config) -> int:
     return leaves_of_at_most(config.data.micro_batch_size, config.train.leaves, config.data.global_batch_size)
 
 
-def hold_to_leaves(
-    learners: Sequence[Learner], task: Any, config: Config, device: torch.device, transport: Transport
-) -> None:
-    """Have learners draw the same random numbers and keep the same buffers on any number of ranks."""
-    leaves = leaves_of(config)
-    if not leaves:
-        return
+def hold_to_leaves(learners: Sequence[Learner], task: Any, seed: int) -> None:
+    """Have learners draw the same random numbers and keep the same buffers on any number of ranks, if they can."""
     objectives = [learner.objective for learner in learners]
     models = [o.model for o in objectives] + [m for o in objectives for m in held_modules(o).values()]
     models += [value for value in getattr(task, "__dict__", {}).values() if isinstance(value, nn.Module)]
     for learner in learners:
-        learner.leaf_state = LeafState(
-            learner.name,
-            config.train.seed,
-            models,
-            device=device,
-            transport=transport,
-            leaves=leaves,
-        )
+        strategy = learner.strategy
+        if strategy.leaves:
+            learner.leaf_state = LeafState(learner.name, seed, models, strategy)
 
 
 class _Switch:

@@ -59,10 +59,8 @@ def facts(
     split = world.size > 1 or (plan is not None and plan.accumulation(1) > 1)
     modules = (module for learner in learners for module in learner.objective.model.modules())
     if split and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules):
-        what, on = "micro-batch", "how batches are split"
-        if plan is not None and plan.leaves:
-            what, on = "leaf", "train.leaves"
-        lines["note"] = f"BatchNorm normalises each {what} by itself, so results depend on {on}"
+        part, cut = ("leaf", "train.leaves") if config.train.deterministic else ("micro-batch", "how batches are split")
+        lines["note"] = f"BatchNorm normalises each {part} by itself, so results depend on {cut}"
     warm_up = max(resolved.for_learner(learner.name).config.schedule.warmup_steps for learner in learners)
     if steps is not None and 0 < steps <= warm_up:
         lines["note"] = f"the run ends within its warm-up of {warm_up} steps, below the full learning rate"
