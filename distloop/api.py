@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distloop.build import Builder, make_place
+from distloop.build.deterministic import reproducible
 from distloop.collectives.auto import Auto
 from distloop.collectives.auto import calibrate as calibrate_transport
 from distloop.errors import WorldError, found_by_all
@@ -72,7 +73,8 @@ def run(
         builder = Builder(resolved, task)
     place = make_place(resolved.config, world, transport)
     try:
-        result = builder.session(place, observers).run()
+        with reproducible(resolved.config):
+            result = builder.session(place, observers).run()
     except BaseException as failure:
         found = parting(failure, place.transport) if transport is None else failure
         place.transport.close(failed=True)

@@ -91,7 +91,7 @@ class PrecisionSection(Section):
 
 class StrategySection(Section):
     name: str = Field(
-        "ddp", description="how gradients are collected: ddp, naive, ring, direct, auto, zero_offload, deepspeed"
+        "ddp", description="how gradients are collected: ddp, naive, ring, direct, auto, tree, zero_offload, deepspeed"
     )
     bucket_mb: PositiveFloat | None = Field(
         None, description="largest bucket, MiB (default 2 on CPU, 25 on GPU; auto chooses)"
@@ -100,7 +100,6 @@ class StrategySection(Section):
     wire_dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="direct, auto, zero_offload: of gradients between ranks"
     )
-    deterministic: bool = Field(False, description="naive: add along a fixed tree")
     calibration: Literal["cached", "fresh"] = Field(
         "cached", description="auto: whether measurements of the last day on the same hosts will do"
     )
@@ -136,6 +135,14 @@ class TrainSection(Section):
     max_seconds: PositiveFloat | None = Field(None, description="stop after this much time")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         0, description="of data order, dropout, and the initial weights of tasks that are made by name"
+    )
+    deterministic: bool = Field(
+        False, description="the same bits on any number of ranks up to train.leaves (strategy tree; one thread a rank)"
+    )
+    leaves: Positive = Field(
+        8,
+        description="deterministic: parts of a global batch whose gradients are added along one fixed tree; at least "
+        "as many as ranks will ever take part",
     )
 
 

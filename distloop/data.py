@@ -19,7 +19,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from distloop.collectives.tree import own_leaves
 from distloop.errors import ConfigError, DataError
+from distloop.leaves import by_leaf
 from distloop.loading import Fetch, Loading, Request, ToDevice, loader_batches
 from distloop.order import Order, in_order
 from distloop.transports import Alone, Rows, Transport
@@ -36,11 +38,14 @@ class Plan:
         samples: number of samples N in the data set.
         global_batch_size: samples in a global batch, over all ranks.
         micro_batch_size: most samples that one rank runs at once (None: its whole share).
+        leaves: parts that each global batch has whatever the number of ranks, each a micro-batch even if it is empty;
+            0 where ranks cut batches.
     """
 
     samples: int
     global_batch_size: int
     micro_batch_size: int | None = None
+    leaves: int = 0
 
     def __post_init__(self) -> None:
         if self.global_batch_size < 1:
@@ -68,13 +73,18 @@ class Plan:
         return batch[n * rank // ranks : n * (rank + 1) // ranks]
 
     def micro_batches(self, step: int, rank: int, ranks: int) -> list[range]:
-        """Return the rank's part cut into micro-batches, none of them empty."""
+        """Return the rank's part cut into micro-batches, none of them empty unless it is a leaf."""
+        if self.leaves:
+            own = own_leaves(rank, self.leaves, ranks)
+            return [self.part(step, leaf, self.leaves) for leaf in own]
         part = self.part(step, rank, ranks)
         size = self.micro_batch_size or max(len(part), 1)
         return [part[i : i + size] for i in range(0, len(part), size)]
 
     def accumulation(self, ranks: int) -> int:
         """Return the most micro-batches that a rank accumulates in one step."""
+        if self.leaves:
+            return -(-self.leaves // ranks)
         largest = -(-min(self.global_batch_size, self.samples) // ranks)
         return -(-largest // (self.micro_batch_size or largest))
 
@@ -148,6 +158,7 @@ class Assembly(ABC):
     """
 
     steps: int  # global batches in an epoch
+    leaves = 0  # parts that each global batch has whatever the number of ranks
 
     def __init__(
         self,
@@ -191,7 +202,7 @@ class Assembly(ABC):
 
     @abstractmethod
     def cuts(self, epoch: int, world: World, start: int = 0) -> Iterator[Cut]:
-        """Yield this rank's part of each global batch from ``start`` on, as the indices of its micro-batches."""
+        """Yield this rank's part of each global batch from ``start`` on: indices of micro-batches, or of leaves."""
 
     def draws(self, epoch: int, world: World, position: Position) -> int:
         """Return what seeds the samples of a global batch, together with their indices."""
@@ -201,12 +212,15 @@ class Assembly(ABC):
         # The reader runs ahead of the steps, so that it can read for several of them at once.
         ahead, cuts = tee(self.cuts(epoch, world, start))
         wanted = (
-            Request(indices, self.draws(epoch, world, position)) for position, parts in ahead for indices in parts
+            Request(indices, self.draws(epoch, world, position))
+            for position, parts in ahead
+            for indices in parts
+            if len(indices)
         )
         batches = self._read(wanted)
         for position, parts in cuts:
             samples = position.samples
-            held = [MicroBatch(next(batches), len(part) / samples, False) for part in parts]
+            held = [MicroBatch(next(batches) if len(part) else None, len(part) / samples, False) for part in parts]
             held += [MicroBatch(None, 0.0, False) for _ in range(self.least(position, world) - len(parts))]
             held[-1].final = True
             yield Minibatch(position, held)
@@ -217,7 +231,8 @@ class Assembly(ABC):
 
     def _read(self, requests: Iterator[Request]) -> Iterator[Any]:
         if self._loading.workers == 0:
-            return self._fetch.all(requests)
+            # A leaf is read by itself: where a tensor begins in memory may show in the bits of what is computed of it.
+            return map(self._fetch, requests) if self.leaves else self._fetch.all(requests)
         return loader_batches(self._fetch, requests, loading=self._loading)
 
     def _moved(self, minibatch: Minibatch) -> Minibatch:
@@ -231,7 +246,8 @@ class Assembly(ABC):
         for micro_batch in minibatch:
             micro_batch.shares = {name: self._weight(name, micro_batch) for name in self._weighers}
         own = [[m.shares[name] for name in self._weighers] for m in minibatch if m.shares is not None]
-        return self._transport.all_gather(torch.tensor(own, dtype=torch.float64).sum(0))
+        rows = by_leaf(torch.tensor(own, dtype=torch.float64), self.leaves, self._transport)
+        return self._transport.all_gather(rows)
 
     def _weight(self, name: str, micro_batch: MicroBatch) -> float:
         if micro_batch.batch is None:
@@ -243,7 +259,7 @@ class Assembly(ABC):
 
     def _agreed(self, minibatch: Minibatch, rows: Rows) -> Minibatch:
         """Turn weights into shares of the global batch's weight."""
-        totals = dict(zip(self._weighers, rows.wait().sum(0).tolist(), strict=True))
+        totals = dict(zip(self._weighers, rows.wait().sum(0).sum(0).tolist(), strict=True))
         for micro_batch in minibatch:
             weights = micro_batch.shares or {}
             micro_batch.shares = {name: w / totals[name] if totals[name] else 0.0 for name, w in weights.items()}
@@ -266,7 +282,7 @@ class Batches(Assembly):
         if plan.samples == 0:
             raise DataError("the data set is empty: there is nothing to train on")
         super().__init__(samples, **options)
-        self.plan, self.in_step, self.steps = plan, in_step, plan.steps
+        self.plan, self.in_step, self.steps, self.leaves = plan, in_step, plan.steps, plan.leaves
 
     def first(self, samples: int) -> Any:
         """Return a batch of at most so many samples, the first ones."""

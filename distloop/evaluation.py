@@ -10,8 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from distloop.collectives.tree import own_leaves
 from distloop.data import Batches, Plan
 from distloop.errors import ConfigError
+from distloop.leaf_state import seed_generators
 from distloop.loading import Loading
 from distloop.messages import gather_json, gather_uneven
 from distloop.transports import Alone, Transport
@@ -40,6 +42,8 @@ class Evaluation:
     Args:
         samples: a map-style data set of ``size`` samples.
         batch_size: samples that one rank evaluates at once.
+        leaves: parts that the data set is cut into, so that the bits do not depend on the number of ranks; 0: by ranks.
+        seed: of what evaluating draws, where there are leaves.
     """
 
     def __init__(
@@ -56,10 +60,20 @@ class Evaluation:
         collate: Any = None,
         loading: Loading | None = None,
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        leaves: int = 0,
+        seed: int = 0,
     ):
-        self._task, self._models = task, models
-        # torchmetrics of a rank without a sample cannot be gathered; so few samples every rank evaluates itself.
-        self._world, self._transport = (World(), Alone()) if size < world.size else (world, transport)
+        self._task, self._models, self._device, self._seed = task, models, device, seed
+        # torchmetrics of a rank without a sample cannot be gathered; so few samples every rank evaluates itself. And
+        # what they add up over ranks does not have the same bits on any number of them.
+        alone = size < world.size or (leaves > 0 and bool(self._objects()))
+        self._world, self._transport = (World(), Alone()) if alone else (world, transport)
+        # Who evaluates what, one after the other: this rank of all, or the leaves that this rank has.
+        self._parts = [self._world]
+        if leaves:
+            own = own_leaves(self._world.rank, leaves, self._world.size)
+            self._parts = [World(leaf, leaves, leaf, leaves) for leaf in own]
+        self._leaves = leaves
         self._everyone = transport
         self._batches = Batches(
             samples,
@@ -73,12 +87,16 @@ class Evaluation:
 
     def __call__(self) -> dict[str, float]:
         """Return every metric of the whole data set, to the bit the same on every rank."""
-        sums: dict[str, Tensor] = {}
+        parts: list[dict[str, Tensor]] = []
         with evaluating(self._models):
-            for minibatch in self._batches.extract(0, self._world):
-                for micro_batch in minibatch:
-                    self._add(micro_batch.batch, sums)
-            values = self._summary(totals(self._transport, sums) | self._stateful())
+            for part in self._parts:
+                parts.append({})
+                if self._leaves:
+                    seed_generators(self._device, "evaluate", self._seed, part.rank)
+                for minibatch in self._batches.extract(0, part):
+                    for micro_batch in minibatch:
+                        self._add(micro_batch.batch, parts[-1])
+            values = self._summary(totals(self._transport, *parts) | self._stateful())
         # What follows from them (patience, the best) must be decided alike: rank 0's floats count.
         agreed: dict[str, float] = gather_json(self._everyone, values)[0]
         return agreed
@@ -149,11 +167,15 @@ def evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
             module.training = training
 
 
-def totals(transport: Transport, sums: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return each figure's sum over its count, both added over all ranks; a rank may have nothing of a figure."""
-    by_rank = gather_json(transport, {name: pair.tolist() for name, pair in sums.items()})
-    names = list(dict.fromkeys(name for own in by_rank for name in own))
-    added = {name: [sum(own.get(name, (0.0, 0.0))[i] for own in by_rank) for i in (0, 1)] for name in names}
+def totals(transport: Transport, *parts: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return each figure's sum over its count, both added over all parts of all ranks, in order.
+
+    A part may have nothing of a figure.
+    """
+    by_rank = gather_json(transport, [{name: pair.tolist() for name, pair in sums.items()} for sums in parts])
+    every = [sums for own in by_rank for sums in own]
+    names = list(dict.fromkeys(name for sums in every for name in sums))
+    added = {name: [sum(sums.get(name, (0.0, 0.0))[i] for sums in every) for i in (0, 1)] for name in names}
     return {name: total / count if count else math.nan for name, (total, count) in added.items()}
 
 

@@ -15,6 +15,7 @@ from distloop.averages import MovingAverage
 from distloop.data import MicroBatch
 from distloop.errors import ConfigError
 from distloop.first_step import FirstStepCheck
+from distloop.leaf_state import LeafState
 from distloop.optimizer import Optimizer, OptimizerShard
 from distloop.schedules import Schedule
 from distloop.strategies import Parameters, Strategy
@@ -112,6 +113,8 @@ class Learner:
         self._ahead: Ahead | None = None  # this step's update, if the strategy runs it by itself
         strategy.watch(objective.model)
         self._updated: Callable[[], None] | None = getattr(objective, "updated", None)
+        self.turn = 0  # turns taken, whether or not an update came of them
+        self.leaf_state: LeafState | None = None  # where turns must not depend on the number of ranks
 
     @property
     def lr(self) -> float:
@@ -131,6 +134,8 @@ class Learner:
         return self._clip.norm if self._clip else self.strategy.gradient_norm
 
     def guess(self, micro_batch: MicroBatch) -> Any:
+        if self.leaf_state is not None:
+            self.leaf_state.begin(self.turn, self.strategy.leaf)
         batch = self._batch(micro_batch)
         if batch is NOTHING:
             return NOTHING
@@ -165,6 +170,8 @@ class Learner:
             self._ahead = ahead if self.strategy.ahead(ahead) else None
         weight = share if self._loss_scale is None else share * self._loss_scale.scale
         self.strategy.backward(loss, weight, final=micro_batch.final)
+        if self.leaf_state is not None:
+            self.leaf_state.end(share)
         return self._gradients
 
     def broadcast(self, i: int) -> None:
@@ -175,6 +182,9 @@ class Learner:
         if self._ahead is None:
             yield from self._transformed(self.lr)
         self.strategy.settle()
+        if self.leaf_state is not None:
+            self.leaf_state.settle(self.turn)
+        self.turn += 1
         if self._ahead is not None and self._loss_scale is not None:
             self._ahead.await_decision()
         if self.strategy.overflowed or (self._loss_scale is not None and self._loss_scale.overflowed):
@@ -206,6 +216,8 @@ class Learner:
 
         Those of the model and of its moving averages; between evaluations BatchNorm's are each rank's own.
         """
+        if self.leaf_state is not None:
+            return  # they are equal after each turn
         models = list(self._with_buffers().values())
         statistics = {
             id(buffer): buffer
@@ -235,13 +247,14 @@ class Learner:
         return {
             "step": self.step,
             "skipped": self.skipped,
+            "turn": self.turn,
             "loss_scale": {key: value for key, value in scale.items() if key != "updates"},
             "schedule": self.schedule.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
-        self.step, self.skipped = state["step"], state["skipped"]
+        self.step, self.skipped, self.turn = state["step"], state["skipped"], state["turn"]
         self.schedule.load_state_dict(state["schedule"])
         if self._loss_scale is not None and state["loss_scale"]:
             self._loss_scale.load_state_dict(state["loss_scale"])

@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from distloop.collectives.tree import own_leaves
 from distloop.errors import NonFiniteError
 from distloop.learner import Learner
+from distloop.leaves import by_leaf
 from distloop.loop import Update
+from distloop.messages import gather_json
 from distloop.transports import Transport
 
 REMEDY = "a smaller optimizer.lr, schedule.warmup_steps or gradients.clip_norm may help"
@@ -79,10 +82,14 @@ class Ledger:
         if not self._turns:
             return None
         turns, self._turns = self._turns, []
-        own = torch.cat([_local_losses(turns), _local_shares(turns), torch.tensor([self._collecting()]).double()])
-        by_rank, busy, collecting = self._transport.all_gather(own).wait().split([len(turns), len(turns), 1], dim=1)
+        parts = self._local_losses(turns)  # (turns, parts of a global batch)
+        own = torch.cat([parts.view(-1), _local_shares(turns), torch.tensor([self._collecting()]).double()])
+        rows = self._transport.all_gather(own).wait()
+        by_part, busy, collecting = rows.split([parts.numel(), len(turns), 1], dim=1)
+        by_part = by_part.view(-1, *parts.shape)
+        by_rank = by_part.sum(2)
         losses: dict[str, list[float]] = {learner.name: [] for learner in self._learners}
-        for i, (turn, loss) in enumerate(zip(turns, by_rank.sum(0).tolist(), strict=True)):
+        for i, (turn, loss) in enumerate(zip(turns, by_part.sum(0).sum(1).tolist(), strict=True)):
             name = turn.learner
             self._check(name, loss, turn.step, by_rank[:, i])
             if turn.applied:
@@ -103,27 +110,40 @@ class Ledger:
         Raises:
             NonFiniteError: as :meth:`close`.
         """
-        turns = self._turns
-        rows = self._transport.all_gather(torch.stack([_local_losses(turns), _local_shares(turns)], 1)).wait()
-        for i, turn in enumerate(turns):
-            self._check(turn.learner, float(rows[:, i, 0].sum()), turn.step, rows[:, i, 0])
-        kept = [[turn.learner, turn.applied, turn.step, rows[:, i].tolist()] for i, turn in enumerate(turns)]
-        return {"turns": kept, "first": self._first}
+        own = [[[share, float(loss)] for share, loss in turn.losses] for turn in self._turns]
+        ranks = gather_json(self._transport, own)
+        turns = []
+        for turn, *pairs in zip(self._turns, *ranks, strict=True):
+            by_rank = torch.tensor([sum(share * loss for share, loss in rank) for rank in pairs], dtype=torch.float64)
+            self._check(turn.learner, float(by_rank.sum()), turn.step, by_rank)
+            turns.append([turn.learner, turn.applied, turn.step, pairs])
+        return {"turns": turns, "first": self._first}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`, on any number of ranks; after the learners."""
         rank, size = self._transport.rank, self._transport.size
-        devices = {one.name: next(iter(one.strategy.parameters.values())).device for one in self._learners}
+        known = {learner.name: learner.strategy for learner in self._learners}
         self._first = dict(state["first"])
         self._skipped = {learner.name: learner.skipped for learner in self._learners}
         self._turns = []
-        for learner, applied, step, rows in state["turns"]:
-            # Of other ranks than before each has an equal part of the sums.
-            loss, share = (
-                rows[rank] if len(rows) == size else [sum(column) / size for column in zip(*rows, strict=True)]
-            )
-            pairs = [(share, torch.tensor(loss / share, dtype=torch.float64, device=devices[learner]))] if share else []
-            self._turns.append(_Turn(learner, pairs, applied, step))
+        for name, applied, step, pairs in state["turns"]:
+            every = [pair for own in pairs for pair in own]
+            mine = pairs[rank] if len(pairs) == size else every[rank::size]
+            if leaves := known[name].leaves:
+                leaf = own_leaves(rank, leaves, size)
+                mine = every[leaf.start : leaf.stop]
+            device = next(iter(known[name].parameters.values())).device
+            losses = [(share, torch.tensor(loss, dtype=torch.float64, device=device)) for share, loss in mine]
+            self._turns.append(_Turn(name, losses, applied, step))
+
+    def _local_losses(self, turns: Sequence[_Turn]) -> Tensor:
+        """Return this rank's part of the global loss of each turn, in double precision; one copy from the device."""
+        pairs = [turn.losses for turn in turns]
+        each = [loss for own in pairs for _, loss in own]
+        losses = iter(torch.stack(each).double().tolist() if each else ())
+        own = [torch.tensor([share * next(losses) for share, _ in row], dtype=torch.float64) for row in pairs]
+        leaves = self._learners[0].strategy.leaves  # as all learners have
+        return torch.stack([by_leaf(row, leaves, self._transport) for row in own])
 
     def _values(self, learner: Learner, losses: list[float]) -> dict[str, Any]:
         values: dict[str, Any] = {
@@ -152,14 +172,6 @@ class Ledger:
             f"the loss exploded to {loss:.4g} at {where} (it began at {first:.4g}; most of it on rank "
             f"{int(by_rank.abs().argmax())}); {remedy}"
         )
-
-
-def _local_losses(turns: Sequence[_Turn]) -> Tensor:
-    """Return this rank's part of the global loss of each turn, in double precision; one copy from the device."""
-    pairs = [turn.losses for turn in turns]
-    each = [loss for own in pairs for _, loss in own]
-    losses = iter(torch.stack(each).double().tolist() if each else ())
-    return torch.tensor([sum(share * next(losses) for share, _ in own) for own in pairs], dtype=torch.float64)
 
 
 def _local_shares(turns: Sequence[_Turn]) -> Tensor:

@@ -142,7 +142,26 @@ def _resolve(layers: Sequence[Settings], learners: Mapping[str, Any] | None = No
         raise ConfigError(
             f"{source}: data.micro_batch_size: {micro} is more than data.global_batch_size, which is {whole}"
         )
-    return Resolved(config, {dotted: setting.source for dotted, setting in merged.items()}, heights)
+    return _settled(Resolved(config, {dotted: setting.source for dotted, setting in merged.items()}, heights))
+
+
+def _settled(resolved: Resolved) -> Resolved:
+    """Return the configuration with the deterministic mode and its strategy together, whichever of them was given."""
+    from distloop.strategies import BY_LEAVES, by_leaves
+
+    config, sources, layers = resolved.config, dict(resolved.sources), dict(resolved.layers)
+    mode, name = "train.deterministic", "strategy.name"
+    if config.train.deterministic == by_leaves(config.strategy.name):
+        return resolved
+    given, other = (mode, name) if config.train.deterministic else (name, mode)
+    if other in sources:
+        value = config.strategy.name if other == name else "false"
+        raise resolved.error(other, f"{value} contradicts {given} ({sources[given]}), whose strategy is {BY_LEAVES}")
+    sources[other], layers[other] = sources[given], layers[given]
+    strategy = config.strategy.model_copy(update={"name": BY_LEAVES})
+    train = config.train.model_copy(update={"deterministic": True})
+    settled = config.model_copy(update={"strategy": strategy, "train": train})
+    return replace(resolved, config=settled, sources=sources, layers=layers)
 
 
 def check_section(section: str, source: str, dotted: str = "") -> None:

@@ -33,10 +33,10 @@ from tests.ranks import OPEN_MPI, in_processes, in_threads, under_mpirun  # noqa
 from tests.test_exactness import by_stages, grid, in_single_precision  # noqa: E402
 
 BUCKETED = ["naive", "ring", "direct", "auto"]
-SENT_BY_US = [*BUCKETED, "zero_offload"]
+SENT_BY_US = [*BUCKETED, "tree", "zero_offload"]
 PLACES = [
     *itertools.product(["threads"], BUCKETED, [2, 3, 4, 5, 8]),
-    *itertools.product(["threads"], ["zero_offload"], [1, 2, 3, 4, 5, 8]),
+    *itertools.product(["threads"], ["tree", "zero_offload"], [1, 2, 3, 4, 5, 8]),
     *itertools.product(["torch"], ["ddp", *SENT_BY_US], [2, 3, 4]),
     *itertools.product(["torch"], ["deepspeed"], [1, 2, 3, 4]),
     *itertools.product(["sockets", "shared_memory"], SENT_BY_US, [2, 3, 4]),

@@ -23,7 +23,7 @@ from distloop.learner import Learner, trained_parameters
 from distloop.loop import train
 from distloop.order import Order
 from distloop.schedules import Constant
-from distloop.strategies import Options, Recipe, Segment, Strategy, make
+from distloop.strategies import Options, Recipe, Segment, Strategy, by_leaves, make
 from distloop.tasks import actor_critic
 from distloop.transforms import ClipByNorm, ClipByValue, LossScale, Stream, Total, Transform
 from distloop.transports import Transport
@@ -313,7 +313,8 @@ def _batches(
     options = {"seed": case.seed, "weighers": weighers, "transport": transport}
     data = make_data(case)
     if case.task != "actor_critic":
-        plan = Plan(case.samples, case.global_batch_size, case.micro_batch_size)
+        leaves = Options(**case.options).leaves if by_leaves(case.strategy) else 0
+        plan = Plan(case.samples, case.global_batch_size, case.micro_batch_size, leaves)
         return plant.get("batches", Batches)(data, plan, **options, **more)
     first = sum(case.counts[: transport.rank])
     own = [t[first : first + case.counts[transport.rank]] for t in data.tensors]

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distloop.strategies import by_leaves
 from tests.parity import (
     Case,
     difference,
@@ -67,6 +68,12 @@ def test_the_applied_gradient_is_that_of_the_global_batch(case: Case, size: int)
 COUNTS = {1: (11,), 2: (0, 9), 3: (1, 7, 3), 4: (0, 1, 7, 3), 5: (0, 1, 7, 3, 5), 8: (0, 1, 7, 3, 5, 0, 2, 1)}
 
 
+def tasks_of(strategy: str) -> tuple[str, ...]:
+    """Return the tasks that a strategy can do: leaves are of data that is the same on every rank."""
+    every = ("classifier", "tokens", "gan", "actor_critic")
+    return every[:3] if by_leaves(strategy) else every
+
+
 def grid(strategy: str, size: int) -> list[Case]:
     """Return every task x accumulation x clipping x scale x optimizer that is worth a process."""
     base = Case(strategy=strategy, counts=COUNTS[size])
@@ -81,7 +88,7 @@ def grid(strategy: str, size: int) -> list[Case]:
             loss_scale=scale,
             rule=rule,
         )
-        for task in ("classifier", "tokens", "gan", "actor_critic")
+        for task in tasks_of(strategy)
         for micro, norm, value, scale, rule in [
             (None, None, None, None, "sgd"),
             (1, None, None, None, "sgd"),
@@ -126,15 +133,16 @@ def share(place: tuple[str | int, ...], places: Sequence[tuple[str | int, ...]],
 
 # What is left out here is in the table that docs/parity.py makes, of every strategy on every transport.
 IN_THREADS = [("naive", n) for n in (1, 2, 3, 4, 8)] + [("ring", 4), ("direct", 3), ("auto", 5)]
-IN_THREADS += [("zero_offload", 1), ("zero_offload", 3)]
+IN_THREADS += [("zero_offload", 1), ("zero_offload", 3), ("tree", 1), ("tree", 3), ("tree", 8)]
 IN_PROCESSES = [
     *[("ddp", "torch", n) for n in (2, 3, 4)],
     *[("naive", "torch", 3), ("ring", "torch", 4), ("direct", "torch", 2), ("auto", "torch", 2)],
     *[("naive", "sockets", 2), ("ring", "sockets", 3), ("direct", "sockets", 4), ("auto", "sockets", 3)],
     *[("naive", "shared_memory", 4), ("ring", "shared_memory", 2), ("auto", "shared_memory", 3)],
     *[("zero_offload", "torch", 2), ("zero_offload", "sockets", 3), ("zero_offload", "shared_memory", 4)],
+    *[("tree", "torch", 3), ("tree", "sockets", 4), ("tree", "shared_memory", 2)],
 ]
-OVERLAPPING = ["ddp", "naive", "ring", "direct", "auto", "zero_offload"]
+OVERLAPPING = ["ddp", "naive", "ring", "direct", "auto", "tree", "zero_offload"]
 
 
 @pytest.mark.parametrize(("strategy", "size"), IN_THREADS)
@@ -150,12 +158,12 @@ def test_parity_in_processes(strategy: str, over: str, size: int) -> None:
 
 
 def test_every_strategy_has_every_case_in_processes() -> None:
-    every = {str(replace(case, strategy="any", counts=())) for case in grid("any", 2)}
     for strategy in {place[0] for place in IN_PROCESSES}:
         found = set()
+        every = {str(replace(case, strategy="any", counts=())) for case in grid(strategy, 2)}
         for place in (place for place in IN_PROCESSES if place[0] == strategy):
             cases = share(place, IN_PROCESSES, grid(strategy, place[2]))
-            assert {case.task for case in cases} == {"classifier", "tokens", "gan", "actor_critic"}
+            assert {case.task for case in cases} == set(tasks_of(strategy))
             assert {case.dtype for case in cases} == {torch.float32, torch.float64}
             found |= {str(replace(case, strategy="any", counts=())) for case in cases}
         assert found >= every, strategy
@@ -179,7 +187,7 @@ def test_parameters_that_no_loss_reaches_get_zeros_if_asked_for(strategy: str) -
     assert max(difference(outcome, expected) for outcome in outcomes) <= tolerance(case)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "direct", "zero_offload"])
+@pytest.mark.parametrize("strategy", ["ddp", "direct", "tree", "zero_offload"])
 def test_memory_layouts_other_than_the_usual(strategy: str) -> None:
     case = Case(strategy=strategy, task="convolution", micro_batch_size=3, rule="adamw")
     outcomes = in_processes(2, trained_by_distloop, case)
@@ -197,7 +205,7 @@ def test_low_precision_is_the_same_arithmetic_as_in_one_process(strategy: str, p
         assert difference(outcome, expected) <= (1e-6 if precision == "bf16" else 2e-3)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "direct", "zero_offload"])
+@pytest.mark.parametrize("strategy", ["ddp", "direct", "tree", "zero_offload"])
 def test_more_ranks_than_samples(strategy: str) -> None:
     case = Case(strategy=strategy, samples=2, global_batch_size=8)
     outcomes = in_processes(4, trained_by_distloop, case)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 import distloop
 from distloop.averages import MovingAverage
 from distloop.build import Builder, Place
-from distloop.errors import BusyError, ConfigError, DataError, NoCheckpointError
 from distloop.settings import from_mapping, resolve
 from distloop.transports import Alone, ThreadCluster, Transport
 from distloop.world import World

@@ -11,6 +11,7 @@ import torch
 from distloop.agreement import Agreement
 from distloop.build import run_directory
 from distloop.build.contents import fingerprint, samples_in
+from distloop.build.deterministic import hold_to_leaves, leaves_of
 from distloop.build.differences import compare
 from distloop.build.facts import facts
 from distloop.build.feeding import Fed, make_loading
@@ -254,6 +255,8 @@ class Builder:
             collate=getattr(task, "collate", None),
             loading=make_loading(self.config),
             precision=lambda: autocast(place.device, self.config.precision.name),
+            leaves=leaves_of(self.config),
+            seed=self.config.train.seed,
         )
 
     def _monitor(self) -> Monitor:
@@ -267,6 +270,7 @@ class Builder:
         for name, objective in task.objectives.items():
             own = None if steps is None else max(1, steps // every.get(name, 1))
             learners.append(self._learner(name, objective, strategies[name], own))
+        hold_to_leaves(learners, task, self.config.train.seed)
         return Turns(learners, every)
 
     def _learner(self, name: str, objective: Objective, strategy: Strategy, steps: int | None) -> Learner:

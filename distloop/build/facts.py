@@ -59,7 +59,8 @@ def facts(
     split = world.size > 1 or (plan is not None and plan.accumulation(1) > 1)
     modules = (module for learner in learners for module in learner.objective.model.modules())
     if split and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules):
-        lines["note"] = "BatchNorm normalises each micro-batch by itself, so results depend on how batches are split"
+        part, cut = ("leaf", "train.leaves") if config.train.deterministic else ("micro-batch", "how batches are split")
+        lines["note"] = f"BatchNorm normalises each {part} by itself, so results depend on {cut}"
     warm_up = max(resolved.for_learner(learner.name).config.schedule.warmup_steps for learner in learners)
     if steps is not None and 0 < steps <= warm_up:
         lines["note"] = f"the run ends within its warm-up of {warm_up} steps, below the full learning rate"
@@ -98,6 +99,12 @@ def _describe(learner: Learner) -> str:
 
 
 def _batch(plan: Plan, ranks: int) -> str:
+    if plan.leaves:
+        largest = -(-min(plan.global_batch_size, plan.samples) // plan.leaves)
+        return (
+            f"{plan.global_batch_size} samples = {plan.leaves} leaves of at most {largest}, on {ranks} "
+            f"rank{'s' if ranks > 1 else ''}; {plan.samples} samples in {plan.steps} steps per epoch"
+        )
     micro = plan.micro_batch_size or -(-min(plan.global_batch_size, plan.samples) // ranks)
     accumulation = plan.accumulation(ranks)
     return (

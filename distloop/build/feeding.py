@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from distloop.build.contents import fingerprint, samples_in
+from distloop.build.deterministic import leaves_of
 from distloop.build.place import Place
 from distloop.build.resumed_data import Regrouped, Resumed
 from distloop.config import Config
@@ -145,6 +146,12 @@ class Fed:
             )
         if kind == 0:
             self._facts = {"number of samples": size, "contents": fingerprint(data)}
+        if kind != 0 and leaves_of(self._config):
+            raise ConfigError(
+                f"train.deterministic: collect({self._epoch}) returned {KINDS[kind]}, which depend on the number of "
+                "ranks; return a data set that is the same on every rank, or turn it off",
+                everywhere=True,
+            )
         if kind == 0 and data is self._data and size == self._size:
             return
         self._data, self._size = (data, size) if kind == 0 else (None, None)
@@ -180,7 +187,7 @@ class Fed:
         agree_on(
             self._place.transport, self._facts, "the data set (samples of each rank's own come as distloop.PerRank)"
         )
-        plan = Plan(size, sizes.global_batch_size, sizes.micro_batch_size)
+        plan = Plan(size, sizes.global_batch_size, sizes.micro_batch_size, leaves_of(self._config))
         self.steps = plan.steps if self.steps is None else self.steps
         return Batches(data, plan, in_step=self._in_step, **self._options())
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distloop.averages import MovingAverage
+from distloop.build.deterministic import leaves_of
 from distloop.build.method import Method
 from distloop.build.place import Place
 from distloop.config import Config
@@ -27,7 +28,7 @@ def options_from(config: Config) -> Options:
         bucket_mb=section.bucket_mb,
         unused_parameters=section.unused_parameters,
         wire_dtype=section.wire_dtype,
-        deterministic=section.deterministic,
+        leaves=leaves_of(config),
         calibration=section.calibration,
         accumulate=section.accumulate,
         device_fraction=section.device_fraction,

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from distloop.build.deterministic import leaves_of
 from distloop.config import Config
 from distloop.errors import WorldError
 from distloop.strategies import torch_collects
+from distloop.strategies.tree import refuse_more_ranks
 from distloop.transports import Alone, Transport
 from distloop.world import World
 
@@ -51,7 +53,9 @@ def make_place(config: Config, world: World, transport: Transport | None = None)
     device = torch.device("cuda", index) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
-    _set_threads(wanted.threads, world)
+    if config.train.deterministic:
+        refuse_more_ranks(world.size, leaves_of(config))
+    _set_threads(wanted.threads or (1 if config.train.deterministic else None), world)  # bits depend on how many
     if transport is not None or world.size == 1:
         return Place(world, transport or Alone(), device)
     transport, notes = join(

@@ -23,7 +23,7 @@ def _ddp(parameters: Parameters, transport: Transport, options: Options, _: Reci
 def _naive(parameters: Parameters, transport: Transport, options: Options, _: Recipe | None) -> Strategy:
     from distloop.strategies.plans import fixed
 
-    return fixed("tree" if options.deterministic else "naive_pipelined", parameters, transport, options)
+    return fixed("naive_pipelined", parameters, transport, options)
 
 
 def _ring(parameters: Parameters, transport: Transport, options: Options, _: Recipe | None) -> Strategy:
@@ -42,6 +42,12 @@ def _auto(parameters: Parameters, transport: Transport, options: Options, _: Rec
     from distloop.strategies.plans import fastest
 
     return fastest(parameters, transport, options)
+
+
+def _tree(parameters: Parameters, transport: Transport, options: Options, _: Recipe | None) -> Strategy:
+    from distloop.strategies.tree import Tree
+
+    return Tree(parameters, transport, options)
 
 
 def _zero_offload(parameters: Parameters, transport: Transport, options: Options, recipe: Recipe | None) -> Strategy:
@@ -65,17 +71,18 @@ STRATEGIES: dict[str, Make] = {
     "ring": _ring,
     "direct": _direct,
     "auto": _auto,
+    "tree": _tree,
     "zero_offload": _zero_offload,
     "deepspeed": _deepspeed,
 }
-ALSO_ALONE = {"zero_offload", "deepspeed"}  # what they do is worth having on one rank too
+ALSO_ALONE = {"tree", "zero_offload", "deepspeed"}  # what they do is worth having on one rank too
+BY_LEAVES = "tree"  # adds parts of a global batch that do not depend on the number of ranks
 BY_TORCH = {"ddp", "deepspeed"}  # leave the sending of gradients to torch.distributed itself
 WITH_COPIES = {"zero_offload", "deepspeed"}  # can train a model in half precision, by copies of it in fp32
 CUTTING = {"zero_offload", "deepspeed"}  # a rank's optimizer has cuts of parameters, not all of any
 # Which options each reads.
 EVERY_OPTION = {"bucket_mb", "unused_parameters"}
 OPTIONS = {
-    "naive": {"deterministic"},
     "direct": {"wire_dtype"},
     "auto": {"wire_dtype", "calibration"},
     "zero_offload": {"wire_dtype", "accumulate", "device_fraction", "delayed_update", "cpu_adam"},
@@ -121,12 +128,18 @@ def cuts_parameters(name: str) -> bool:
     return name in CUTTING
 
 
+def by_leaves(name: str) -> bool:
+    """Return whether the named strategy adds gradients by leaf, to the same bits on any number of ranks."""
+    return name == BY_LEAVES
+
+
 def options_of(name: str) -> set[str]:
     """Return the options that the named strategy reads."""
     return EVERY_OPTION | OPTIONS.get(name, set())
 
 
 __all__ = [
+    "BY_LEAVES",
     "STRATEGIES",
     "Options",
     "Parameters",
@@ -134,6 +147,7 @@ __all__ = [
     "Segment",
     "Shard",
     "Strategy",
+    "by_leaves",
     "check",
     "has_copies",
     "make",

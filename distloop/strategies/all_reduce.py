@@ -70,7 +70,7 @@ class BucketedAllReduce(Strategy):
         self.shards = [bucket.shard for bucket in self.buckets]
         self._step, self._final, self._complete = 0, False, 0
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        overlaps = transport.overlaps and len(self.buckets) > 1
+        overlaps = transport.overlaps and transport.size > 1 and len(self.buckets) > 1
         self._lane = Lane(self._send, threaded=overlaps)
         self._stream = torch.cuda.Stream() if self.buckets[0].flat.is_cuda else None
         self._starts: list[torch.cuda.Event | None] = [None] * len(self.buckets)

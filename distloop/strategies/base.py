@@ -44,7 +44,7 @@ class Options:
     bucket_mb: float | None = None  # None: 2 on CPU, 25 on GPU
     unused_parameters: Literal["refuse", "zeros"] = "refuse"
     wire_dtype: Literal["fp32", "bf16"] = "fp32"
-    deterministic: bool = False
+    leaves: int = 8  # parts of a global batch whose gradients are added along one tree
     calibration: Literal["cached", "fresh"] = "cached"
     accumulate: Literal["device", "shard"] = "device"
     device_fraction: float = 0.0
@@ -91,6 +91,8 @@ class Strategy(ABC):
     about = ""  # what a user may want to know before the training
     replicated = True  # whether every rank's shards are all of every parameter
     apart = False  # whether shards hold what the model does not: more precision, or an update that it has not had yet
+    leaves = 0  # parts of a global batch that are summed in an order of theirs; 0 where ranks decide that
+    leaf = 0  # which of them the next backward is of
     on_host = False  # whether shards lie in the host's memory, and are rounded on their way back to the model
     needs_every_gradient = False  # whether each rank's loss must reach every parameter
     sends_every_backward = False  # whether ranks wait for each other in every backward, not in the final one alone
