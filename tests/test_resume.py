@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 import distloop
 from distloop.averages import MovingAverage
 from distloop.build import Builder, Place
+from distloop.checkpoints import Disk, RunLock
+from distloop.errors import BusyError, CheckpointError, ConfigError, DataError
 from distloop.settings import from_mapping, resolve
 from distloop.transports import Alone, ThreadCluster, Transport
 from distloop.world import World
@@ -166,3 +170,299 @@ def test_a_stopped_run_goes_on_to_the_bit(tmp_path: Path, strategy: str, size: i
         for key, value in expected.items():
             assert torch.equal(value, found[key]), key
     assert logged(tmp_path / "b") == logged(tmp_path / "a")
+
+
+def plain() -> Task:
+    """Return a task without anything that depends on how batches are split."""
+    torch.manual_seed(0)
+    task = Task(plain=True, model=nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)))
+    task.train = TensorDataset(task.train.x, task.train.y)  # type: ignore[assignment]
+    return task
+
+
+PAIRS = [
+    ((2, "naive"), (3, "ring")),
+    ((3, "zero_offload"), (2, "direct")),
+    ((1, "naive"), (2, "zero_offload")),
+    ((2, "ring"), (1, "naive")),
+    ((2, "zero_offload"), (3, "zero_offload")),
+    ((4, "direct"), (1, "zero_offload")),
+]
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS, ids=lambda pair: f"{pair[0]}-{pair[1]}")
+def test_a_run_goes_on_on_other_ranks_and_with_another_strategy(tmp_path: Path, first: Any, second: Any) -> None:
+    """Several times in one epoch; each sample once, and the same weights up to rounding."""
+    seen: list[list[int]] = []
+
+    def make() -> Task:
+        task = plain()
+        own: list[int] = []
+        seen.append(own)
+        inner = task.learned.guess
+
+        def guess(batch: Any) -> Any:
+            own.extend((batch[0][:, 0].double() * 1e6).long().tolist())
+            return inner(batch)
+
+        task.learned.guess = guess
+        return task
+
+    _, expected = run(1, tmp_path / "a", make=make)[0]
+    everything = sorted(value for own in seen for value in own)
+    seen.clear()
+    for number, (size, strategy) in enumerate([first, second, first, second]):
+        stop = None if number == 3 else 4 + 3 * number
+        name = {"name": strategy}
+        ends = run(size, tmp_path / "b", make=make, stop=stop, strategy=name, checkpoint={"resume": "auto"})
+    result, found = ends[0]
+    assert result.steps == 39
+    assert sorted(value for own in seen for value in own) == everything, "each sample exactly once per epoch"
+    for key, value in expected.items():
+        assert torch.allclose(value, found[key], rtol=1e-5, atol=1e-6), key
+
+
+def test_a_half_precision_model_goes_on_with_its_masters(tmp_path: Path) -> None:
+    changes = {"strategy": {"name": "zero_offload"}, "precision": {"name": "bf16", "weights": "half"}}
+    whole = run(2, tmp_path / "a", make=plain, **changes)
+    parts: Any = None
+    for stop in (5, 17, None):
+        parts = run(2, tmp_path / "b", make=plain, stop=stop, **changes, checkpoint={"resume": "auto"})
+    for key, value in whole[0][1].items():
+        assert value.dtype == torch.bfloat16
+        assert torch.equal(value, parts[0][1][key]), key
+
+
+def test_delayed_updates_go_on_as_if_nothing_had_been(tmp_path: Path) -> None:
+    changes = {"strategy": {"name": "zero_offload", "delayed_update": True}}
+    whole = run(2, tmp_path / "a", make=plain, **changes, evaluate={"every_epochs": None})
+    for stop in (5, 17, None):
+        parts = run(
+            2,
+            tmp_path / "b",
+            make=plain,
+            stop=stop,
+            **changes,
+            evaluate={"every_epochs": None},
+            checkpoint={"resume": "auto"},
+        )
+    for key, value in whole[0][1].items():
+        assert torch.equal(value, parts[0][1][key]), key
+
+
+@pytest.mark.parametrize(
+    ("name", "lr"),
+    [
+        ("sgd", 0.1),
+        ("rmsprop", 0.01),
+        ("torch.optim:NAdam", 0.01),
+        ("torch.optim:ASGD", 0.1),
+        ("torch.optim:Adagrad", 0.1),
+    ],
+)
+def test_every_optimizer_goes_on(tmp_path: Path, name: str, lr: float) -> None:
+    own = {"momentum": 0.9} if name in ("sgd", "rmsprop") else {}
+    changes = {"optimizer": {"name": name, "lr": lr, **own}}
+    (_, expected), *_ = run(2, tmp_path / "a", make=plain, **changes)
+    for stop in (5, 17, None):
+        (_, found), *_ = run(2, tmp_path / "b", make=plain, stop=stop, **changes, checkpoint={"resume": "auto"})
+    for key, value in expected.items():
+        assert torch.equal(value, found[key]), key
+
+
+def test_channels_last_goes_on_in_cuts_and_whole(tmp_path: Path) -> None:
+    def make() -> Task:
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Unflatten(1, (2, 3, 1)), nn.Conv2d(2, 8, 2, padding=1), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3)
+        )
+        model(torch.zeros(1, 6))
+        task = Task(plain=True, model=model.to(memory_format=torch.channels_last))
+        task.train = TensorDataset(task.train.x, task.train.y)  # type: ignore[assignment]
+        return task
+
+    (_, expected), *_ = run(1, tmp_path / "a", make=make)
+    for number, size in enumerate((3, 1, 2)):
+        stop = None if number == 2 else 6 + 10 * number
+        name = "zero_offload" if number != 1 else "naive"
+        (_, found), *_ = run(
+            size, tmp_path / "b", make=make, stop=stop, strategy={"name": name}, checkpoint={"resume": "auto"}
+        )
+    for key, value in expected.items():
+        assert torch.allclose(value, found[key], rtol=1e-5, atol=1e-6), key
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (_, expected), *_ = run(2, tmp_path / "a", make=plain)
+    run(2, tmp_path / "b", make=plain, stop=20, checkpoint={"every_steps": 6, "keep_last": 5})
+    kept = checkpoints(tmp_path / "b")
+    assert len(kept) > 2
+    file = tmp_path / "b" / "run" / "checkpoints" / kept[-1] / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    capsys.readouterr()
+    (_, found), *_ = run(2, tmp_path / "b", make=plain, checkpoint={"resume": "auto"})
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"damaged, set aside: {file}: its content has changed" in told
+    assert f"from step {int(kept[-2].removeprefix('step-'))}, of 2 ranks with naive" in told
+    assert (tmp_path / "b" / "run" / "checkpoints" / "quarantine" / kept[-1]).is_dir()
+    for key, value in expected.items():
+        assert torch.equal(value, found[key]), key
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path: Path) -> None:
+    run(1, tmp_path, make=plain, stop=5)
+    (tmp_path / "run" / "checkpoints" / "step-00000005" / "COMMIT").unlink()
+    with pytest.raises(CheckpointError, match=r"none of its checkpoints is valid.*COMMIT: is missing") as failure:
+        run(1, tmp_path, make=plain, checkpoint={"resume": "auto"})
+    assert failure.value.exit_code == 20
+    assert checkpoints(tmp_path) == ["step-00000005"], "nothing is moved"
+
+
+def test_auto_begins_where_there_is_nothing_yet(tmp_path: Path) -> None:
+    (result, _), *_ = run(1, tmp_path, make=plain, checkpoint={"resume": "auto"})
+    assert (result.steps, result.directory) == (39, tmp_path / "run")
+    (again, _), *_ = run(1, tmp_path, make=plain, checkpoint={"resume": "auto"})
+    assert (again.steps, again.reason, again.directory) == (39, "all epochs done", tmp_path / "run")
+    (longer, _), *_ = run(1, tmp_path, make=plain, checkpoint={"resume": "auto"}, train={"epochs": 4})
+    assert (longer.steps, longer.exit_code) == (52, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"data": {"global_batch_size": 4}}, r"data\.global_batch_size: was 8 and is 4"),
+        ({"optimizer": {"name": "sgd", "weight_decay": 0.1}}, r'optimizer\.name: was "adamw" and is "sgd"'),
+        ({"train": {"seed": 3}}, r"train\.seed: was 0 and is 3"),
+    ],
+)
+def test_what_a_checkpoint_depends_on_may_not_change(tmp_path: Path, changes: Any, sentence: str) -> None:
+    run(1, tmp_path, make=plain, stop=5)
+    with pytest.raises(ConfigError, match=sentence):
+        run(1, tmp_path, make=plain, **changes, checkpoint={"resume": "auto"})
+
+
+def test_what_may_change_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(2, tmp_path, make=plain, stop=5)
+    capsys.readouterr()
+    changes = {"optimizer": {"lr": 0.5}, "strategy": {"name": "ring"}}
+    run(3, tmp_path, make=plain, **changes, checkpoint={"resume": "auto"})
+    told = " ".join(capsys.readouterr().out.split())
+    assert "optimizer.lr was 0.01, is 0.5 (the new value counts)" in told
+    assert 'strategy.name was "naive", is "ring" (how it is computed)' in told
+    assert "from step" in told and "of 2 ranks with naive" in told
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (lambda: nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)), "the model has changed"),
+        (lambda: nn.Sequential(nn.Linear(6, 17), nn.Tanh(), nn.Linear(17, 3)), r"shape \(16, 6\) there and \(17, 6\)"),
+    ],
+)
+def test_another_model_is_refused(tmp_path: Path, model: Any, sentence: str) -> None:
+    run(1, tmp_path, make=plain, stop=5)
+
+    def make() -> Task:
+        task = plain()
+        task.learned.model = model()
+        return task
+
+    with pytest.raises(ConfigError, match=sentence):
+        run(1, tmp_path, make=make, checkpoint={"resume": "auto"})
+
+
+def test_another_data_set_is_refused(tmp_path: Path) -> None:
+    run(1, tmp_path, make=plain, stop=5)
+
+    def make() -> Task:
+        task = plain()
+        task.train = TensorDataset(*(t[:90] for t in task.train.tensors))  # type: ignore[attr-defined, assignment]
+        return task
+
+    with pytest.raises(DataError, match="number of samples was 102 and is 90") as failure:
+        run(1, tmp_path, make=make, checkpoint={"resume": "auto"})
+    assert failure.value.exit_code == 4
+
+
+def test_two_jobs_do_not_share_a_directory(tmp_path: Path) -> None:
+    run(1, tmp_path, make=plain, stop=5)
+    with RunLock(tmp_path / "run"), pytest.raises(BusyError, match="another job works here: process") as failure:
+        run(2, tmp_path, make=plain, checkpoint={"resume": "auto"})
+    assert failure.value.exit_code == 22
+    run(2, tmp_path, make=plain, checkpoint={"resume": "auto"})
+
+
+def test_the_best_model_and_the_patience_come_back(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "monitor": {"keep_best": True, "patience": 4, "min_delta": 0.0},
+        "evaluate": {"every_steps": 3},
+        "optimizer": {"name": "sgd", "lr": 1.5},
+        "train": {"epochs": 20},
+    }
+    (expected, model), *_ = run(1, tmp_path / "a", make=plain, **changes)
+    assert expected.reason.startswith("no better loss") and expected.best_step
+    stops = [expected.best_step + 1, expected.best_step + 7]
+    for stop in (*stops, None):
+        (result, found), *_ = run(
+            1, tmp_path / "b", make=plain, stop=stop, **changes, checkpoint={"resume": "auto", "every_steps": 2}
+        )
+    assert (result.best, result.best_step, result.steps) == (expected.best, expected.best_step, expected.steps)
+    for key, value in model.items():
+        assert torch.equal(value, found[key]), key
+    saved = load_file(tmp_path / "b" / "run" / "model.safetensors")
+    assert torch.equal(saved["0.weight"], load_file(tmp_path / "a" / "run" / "model.safetensors")["0.weight"])
+    assert not list((tmp_path / "b" / "run").glob(".best*")), "nothing is left over"
+
+
+def test_a_checkpoint_of_choice(tmp_path: Path) -> None:
+    (_, expected), *_ = run(1, tmp_path / "a", make=plain)
+    run(1, tmp_path / "b", make=plain, checkpoint={"every_steps": 6, "keep_last": 9})
+    chosen = tmp_path / "b" / "run" / "checkpoints" / "step-00000012"
+    (result, found), *_ = run(1, tmp_path / "b", make=plain, checkpoint={"resume": str(chosen)})
+    assert (result.steps, result.directory) == (39, tmp_path / "b" / "run")
+    for key, value in expected.items():
+        assert torch.equal(value, found[key]), key
+    assert logged(tmp_path / "b") == logged(tmp_path / "a")
+
+
+def test_a_model_file_is_what_any_tool_reads(tmp_path: Path) -> None:
+    run(2, tmp_path, make=plain, stop=5)
+    model = plain().learned.model
+    model.load_state_dict(load_file(tmp_path / "run" / "checkpoints" / checkpoints(tmp_path)[-1] / "model.safetensors"))
+
+
+def test_retention(tmp_path: Path) -> None:
+    run(1, tmp_path, make=plain, checkpoint={"every_steps": 2, "keep_last": 2, "keep_every": 10, "background": False})
+    assert checkpoints(tmp_path) == [f"step-{step:08}" for step in (10, 20, 30, 38, 39)]
+
+
+def test_a_disk_that_fills_up_keeps_the_last_checkpoint_and_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put, full = Disk.put, {"from": 12, "to": 20}
+
+    def refuse(self: Disk, descriptor: int, data: memoryview) -> None:
+        step = int(Path(f"/proc/self/fd/{descriptor}").readlink().parent.name.split("-")[1])
+        if full["from"] <= step < full["to"]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        put(self, descriptor, data)
+
+    monkeypatch.setattr(Disk, "put", refuse)
+    options = {"every_steps": 6, "background": False}
+    (result, _), *_ = run(1, tmp_path / "a", make=plain, checkpoint=options)
+    assert (result.exit_code, result.steps) == (0, 39)
+    told = capsys.readouterr().err
+    assert "checkpoint of step 12: " in told and "No space left on device" in told
+    assert checkpoints(tmp_path / "a") == [f"step-{step:08}" for step in (30, 36, 39)]
+    full["to"] = 100
+    (result, _), *_ = run(1, tmp_path / "b", make=plain, checkpoint=options)
+    assert (result.exit_code, result.reason) == (21, "checkpoints cannot be written")
+    assert checkpoints(tmp_path / "b") == ["step-00000006"], "the last good one stays, and no rubbish"

@@ -491,5 +491,9 @@ def test_a_terminated_run_ends_with_its_code_and_its_model(tmp_path: Path) -> No
             signal.raise_signal(signal.SIGTERM)
 
     result = fit(tmp_path, [terminate])
+    assert (result.exit_code, result.reason, result.steps) == (75, "terminated (SIGTERM)", 6)
+    assert [path.name for path in (result.directory / "checkpoints").iterdir()] == ["step-00000006"]
+    result = fit(tmp_path, [terminate], checkpoint={"enabled": False})
     assert (result.exit_code, result.reason, result.steps) == (143, "terminated (SIGTERM)", 6)
+    assert not (result.directory / "checkpoints").exists()
     assert (result.directory / "model.safetensors").exists()

@@ -28,7 +28,8 @@ def make_observers(
     Raises:
         ConfigError: TensorBoard or a picture is asked for, but the library is missing.
     """
-    from distloop.observers.files import RECORDS, JsonLines, LogFile, TensorBoard
+    from distloop.observers.files import JsonLines, LogFile, TensorBoard
+    from distloop.observers.history import RECORDS
 
     if rank != 0:
         return [LogFile(directory / "logs" / f"rank_{rank}.log")], None

@@ -6,18 +6,16 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from distloop.checkpoint import finite
-from distloop.errors import DataError
 from distloop.observers.text import line
 from distloop.records import Record
 
 LAST = ("end", "failure")
-RECORDS = "metrics.jsonl"
 
 
 class _File:
@@ -135,21 +133,3 @@ class TensorBoard:
         for key, value in record.values.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 self._writer.add_scalar(f"{record.kind}/{key}", value, record.step)
-
-
-def read_records(path: Path) -> Iterator[tuple[Record, float]]:
-    """Yield records and their times. A last line that is cut off belongs to a run that goes on, or was killed."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as failure:
-        raise DataError(f"{path}: cannot be read: {failure.strerror}") from None
-    for number, text in enumerate(lines, 1):
-        try:
-            values = json.loads(text)
-            head = Record(values.pop("kind"), int(values.pop("step")), int(values.pop("epoch")), values)
-            moment = float(values.pop("time"))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            if number == len(lines):
-                return
-            raise DataError(f"{path}:{number}: is no record of a run") from None
-        yield head, moment

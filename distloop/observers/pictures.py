@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from distloop.observers.curves import Curves, draw
-from distloop.observers.files import RECORDS, read_records
+from distloop.observers.history import RECORDS, read_records
 from distloop.records import Record
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from distloop.errors import ConfigError, DataError
 from distloop.observers.curves import Curves, draw, panels
-from distloop.observers.files import RECORDS, read_records
+from distloop.observers.history import RECORDS, read_records
 from distloop.observers.text import label
 from distloop.plot import save
 from distloop.yaml_file import read_sections
