@@ -3,7 +3,13 @@
 Three generators belong to the whole process: torch's on the CPU, Python's and numpy's. A data set that augments draws
 from them; so does training, where there is dropout. Before each sample they are seeded by (seed, epoch, index), and
 afterwards they are as they were. So the number of ranks and of workers, and where a run was resumed, change no sample;
-and how samples are read changes nothing that training draws.
+and how samples are read changes nothing that training draws. Data to evaluate on is read in the same way.
+
+A data set that reads whole batches (``__getitems__``) is seeded by the first index of each, so what it draws is the
+same only for the same micro-batches; and so is what a ``collate`` draws, which goes on from the batch's last sample.
+
+Measured on one core of a shared machine: 10 us for a sample (5 of them for Python's generator), and 40 us for a batch
+that is read outside of worker processes. Plain tensors draw nothing and cost nothing.
 """
 
 from __future__ import annotations
