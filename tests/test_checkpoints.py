@@ -429,4 +429,6 @@ def test_state_of_a_run_is_not_changed_by_its_way(store: Checkpoints) -> None:
     for made in (found, again):
         assert math.isnan(made.state["loss"]) and made.state["best"] == -math.inf and made.state["name"] == "nan"
         assert (made.state["tiny"], made.state["third"]) == (5e-324, 1 / 3)
+    quick = store.open(found.path, contents=False)
+    assert again.digest == found.digest == quick.digest == (found.path / "COMMIT").read_text().strip()
     assert again.manifest == found.manifest and again.tensors == found.tensors

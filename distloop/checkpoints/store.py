@@ -85,15 +85,19 @@ class Checkpoints:
             raise NoCheckpointError(f"{self.directory}: none of its checkpoints is valid: {reasons}{more}")
         return None
 
-    def open(self, path: Path) -> Checkpoint:
+    def open(self, path: Path, *, contents: bool = True) -> Checkpoint:
         """Return the checkpoint in a directory, fully verified.
+
+        Args:
+            path: its directory.
+            contents: hash all files; a rank may leave that out where another has done it, and compare ``digest``.
 
         Raises:
             CheckpointError: it is damaged; names file and reason.
             StorageError: it cannot be read, for a reason that says nothing about it.
         """
-        found = examine(path, self.disk, contents=True)
-        if path.absolute() == self.path(found.step).absolute():
+        found = examine(path, self.disk, contents=contents)
+        if contents and path.absolute() == self.path(found.step).absolute():
             self.knows(found.step)
         return found
 
