@@ -1,4 +1,4 @@
-"""The command line: ``distloop train``, ``distloop config`` and ``distloop plot``."""
+"""The command line: ``distloop train``, ``config``, ``calibrate``, ``plot`` and ``checkpoint``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from distloop import __version__
+from distloop.checkpoint_cli import checkpoint
 from distloop.errors import ConfigError, found_by_all, nearest
 
 if TYPE_CHECKING:
@@ -186,6 +187,9 @@ def plot(
         return 0
 
     guarded(work, traceback=traceback)
+
+
+cli.add_command(checkpoint)
 
 
 def _resumed(target: str | None, resume: str | None, arguments: list[str]) -> tuple[str, list[str]]:

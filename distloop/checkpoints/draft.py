@@ -125,7 +125,8 @@ class Draft:
         """Make a checkpoint of what all ranks have written; for rank 0, after its own report.
 
         Waits for the others' reports, checks them against the files, and renames the draft. If it fails the draft is
-        removed, and the checkpoints there are stay as they were.
+        removed, and the checkpoints there are stay as they were. (If the last fsync alone fails, that of the new
+        name, the new one may be there or not after a crash, and is until then.)
 
         Args:
             ranks: how many report.

@@ -42,6 +42,7 @@ class Checkpoint:
         manifest: step, time, facts, files and tensors.
         tensors: by name, whatever file they are in.
         metadata: that of each safetensors file, by file.
+        digest: sha256 of the manifest, which binds all else: ranks can compare what they have opened.
     """
 
     step: int
@@ -50,6 +51,7 @@ class Checkpoint:
     manifest: dict[str, Any]
     tensors: Mapping[str, Info]
     metadata: Mapping[str, Mapping[str, str]]
+    digest: str
     disk: Disk
 
     def read(self, name: str) -> Tensor:
@@ -101,7 +103,7 @@ def examine(path: Path, disk: Disk, *, contents: bool) -> Checkpoint:
         CheckpointError: it is damaged; names the file, what is wrong, and what is expected.
     """
     _check_directory(path)
-    manifest = _manifest(path, disk)
+    manifest, digest = _manifest(path, disk)
     files = manifest["files"]
     for name in disk.names(path):
         if name not in files and claims_to_be_data(name) and name != MANIFEST:
@@ -123,7 +125,7 @@ def examine(path: Path, disk: Disk, *, contents: bool) -> Checkpoint:
         state = text.decode(disk.read(path / STATE, text.LARGEST))
         if not isinstance(state, dict) or not isinstance(state.get("ranks"), list):
             raise ValueError("is not the state of a run: a table with an entry for ranks")
-    return Checkpoint(manifest["step"], path, state, manifest, tensors, metadata, disk)
+    return Checkpoint(manifest["step"], path, state, manifest, tensors, metadata, digest, disk)
 
 
 def read_header(path: Path, disk: Disk) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -165,7 +167,7 @@ def _check_content(path: Path, expected: str, disk: Disk) -> None:
         )
 
 
-def _manifest(path: Path, disk: Disk) -> dict[str, Any]:
+def _manifest(path: Path, disk: Disk) -> tuple[dict[str, Any], str]:
     with checking(path / COMMIT):
         commit = disk.read(path / COMMIT, 100)
     with checking(path / MANIFEST):
@@ -179,7 +181,7 @@ def _manifest(path: Path, disk: Disk) -> dict[str, Any]:
         if step is not None and manifest["step"] != step:
             raise ValueError(f"is of step {manifest['step']}; the directory says {path.name}")
     assert isinstance(manifest, dict)
-    return manifest
+    return manifest, found
 
 
 def _shown(data: bytes) -> str:

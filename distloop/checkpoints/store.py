@@ -86,7 +86,11 @@ class Checkpoints:
         return None
 
     def open(self, path: Path, *, contents: bool = True) -> Checkpoint:
-        """Return the checkpoint in a directory, fully verified; but for its ``contents`` if another rank hashes those.
+        """Return the checkpoint in a directory, fully verified.
+
+        Args:
+            path: its directory.
+            contents: hash all files; a rank may leave that out where another has done it, and compare ``digest``.
 
         Raises:
             CheckpointError: it is damaged; names file and reason.

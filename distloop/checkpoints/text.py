@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from distloop.errors import CheckpointError
 
-LARGEST = 2**25  # bytes of a JSON file
+LARGEST = 2**24  # bytes of a JSON file
 DEEPEST = 50  # levels
 NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -88,10 +88,9 @@ def _escaped(value: Any, where: str, depth: int) -> Any:
 def _unescaped(value: Any) -> Any:
     if isinstance(value, str):
         return NUMBERS[value] if value in NUMBERS else value.removeprefix("'")
-    if isinstance(value, list):
-        return [_unescaped(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _unescaped(item) for key, item in value.items()}
+    if isinstance(value, list | dict):  # in place: a copy of what may be large is not needed
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            value[key] = _unescaped(item)
     return value
 
 
