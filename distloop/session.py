@@ -17,6 +17,7 @@ from distloop.agreement import Agreement, Signals, Stop
 from distloop.checkpoint import load_model, make_durable, model_state, save_model, write_json
 from distloop.errors import INTERRUPTED, TERMINATED, ConfigError, DataError, nearest
 from distloop.evaluation import Evaluation
+from distloop.heartbeat import Heartbeat
 from distloop.ledger import Ledger
 from distloop.loop import Collects, Update, train
 from distloop.records import Observer, Record, Result
@@ -137,6 +138,8 @@ class Session:
         limits = self.limits
         self.step += 1
         self._samples += update.position.samples
+        if (heartbeat := Heartbeat.current()) is not None:
+            heartbeat.step(self.step)
         if self._progress is not None:
             self._progress(self.step)
         evaluate = self._evaluation is not None and self._evaluation_due(update)

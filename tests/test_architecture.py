@@ -13,8 +13,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # From the ground up; a module may import from its own floor and from those before it (docs/decisions/0001).
 FLOORS = [
-    ["errors"],
-    ["world", "native", "host_memory"],
+    ["errors", "ending", "signals"],
+    ["world", "native", "host_memory", "memory_limit", "orphans"],
     ["transports"],
     ["collectives", "messages"],
     ["strategies"],
@@ -24,12 +24,12 @@ FLOORS = [
     ["learner", "turns"],
     ["checkpoint"],
     ["loop"],
-    ["agreement", "ledger", "evaluation", "records"],
+    ["agreement", "ledger", "evaluation", "records", "heartbeat", "replicas"],
     ["session"],
     ["observers", "tasks"],
     ["yaml_file", "layers", "config", "settings"],
     ["build"],
-    ["api", "failure", "plot"],
+    ["api", "failure", "last_words", "plot"],
     ["cli", "__main__", "__init__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
