@@ -69,7 +69,7 @@ def parting(failure: BaseException, transport: Transport) -> BaseException:
 
     found, heartbeat = lost_peer(failure) or failure, Heartbeat.current()
     if isinstance(found, RankDiedError):
-        fate = None if heartbeat is None else heartbeat.fate(0.5)
+        fate = None if heartbeat is None else heartbeat.fate(0.5, longer=1.5)
         if heartbeat is None:
             time.sleep(0.5)
         elif fate is not None:

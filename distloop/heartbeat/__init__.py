@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -126,9 +127,18 @@ class Heartbeat:
         if (speak := Heartbeat.speak) is not None:
             speak(verdict)
 
-    def fate(self, seconds: float = 0.5) -> str | None:
-        """Return in words what became of a rank of this host that has ended; waits ``seconds`` for that to show."""
-        return self._watch.fate(seconds)
+    def fate(self, seconds: float, longer: float) -> str | None:
+        """Return in words what became of a rank of this host that has ended; waits ``seconds`` for that to show.
+
+        If none has, a connection was lost for another reason, and it may be known to another rank: wait ``longer`` for
+        what that one posts. Who gives up waiting for a frozen rank closes its connections to the others.
+        """
+        self.failing.set()
+        found = self._watch.fate(seconds)
+        deadline = time.monotonic() + longer
+        while found is None and self._pulse.abort is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return found
 
     def end(self) -> None:
         """Finish: what others do from now on is no business of this rank, nor its end a failure to them."""
