@@ -14,8 +14,10 @@ mpirun itself ends the ranks of a job with the first that fails.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -26,9 +28,11 @@ from typing import ClassVar
 import torch
 
 from distloop.errors import DistloopError
-from distloop.heartbeat.pulse import ABORT, Pulse, Verdict
+from distloop.heartbeat.pulse import ABORT, Peer, Pulse, Verdict
 from distloop.heartbeat.watch import Watch
+from distloop.messages import gather_json
 from distloop.transports import Transport, process_group
+from distloop.transports.hosts import host
 from distloop.world import World
 
 BEAT = 1.0  # seconds between two beats
@@ -59,14 +63,14 @@ class Heartbeat:
         self.logs: Path | None = None
         self.verdict: Verdict | None = None
         self.failing = threading.Event()  # the main thread reports a failure, and is about to end
-        self._pulse = Pulse(self.rank, _watched(self.rank, self.size), beat, min(0.25, beat))
+        self._pulse = Pulse(self.rank, _peers(transport), beat, min(0.25, beat))
         self._watch = Watch(self, self._pulse, seconds, world)
 
     @classmethod
     def begin(
         cls, world: World, transport: Transport, seconds: float | None = None, *, beat: float | None = None
     ) -> Heartbeat | None:
-        """Begin to beat and to watch; None where there is none.
+        """Begin to beat and to watch; None where there is none. Every rank calls it at the same time.
 
         Args:
             world: this process's place.
@@ -151,6 +155,17 @@ class Heartbeat:
         """Stop after a failure that was posted; the process may go on."""
         self._watch.end()
         self._pulse.stop()
+
+
+def _peers(transport: Transport) -> dict[int, Peer]:
+    """Return those whom this rank watches; every rank calls it."""
+    own = [hashlib.sha256(host().encode()).hexdigest()[:16], socket.gethostname(), os.getpid()]
+    every = gather_json(transport, own)
+    return {
+        rank: Peer(name, pid, place == own[0])
+        for rank, (place, name, pid) in enumerate(every)
+        if rank in _watched(transport.rank, transport.size)
+    }
 
 
 def _watched(rank: int, size: int) -> list[int]:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch.distributed.distributed_c10d import Store
 
 from distloop.transports import process_group
-from distloop.transports.hosts import host
 
 ABORT = "abort"
 
@@ -50,15 +46,15 @@ class Pulse:
     Time in which this process did not run does not count: the others may have been suspended with it.
     """
 
-    def __init__(self, rank: int, watched: Sequence[int], beat: float, poll: float):
+    def __init__(self, rank: int, peers: dict[int, Peer], beat: float, poll: float):
         self.rank, self.step = rank, 0
-        self.peers: dict[int, Peer] = {}
+        self.peers = peers
         self.finished: set[int] = set()
         self.abort: str | None = None
         self.rounds = 0  # that the store has answered
         self.lost: str | None = None  # why there is no store any more
         self.suspects: set[int] = set()  # of whom it is asked whether they have finished
-        self._unknown, self._beat, self._poll = list(watched), beat, poll
+        self._beat, self._poll = beat, poll
         self._wake, self._ended = threading.Event(), False
         self._silent = False
         self._beats = 0
@@ -84,7 +80,6 @@ class Pulse:
             store = process_group.another_connection()
             if store is None:
                 return
-            store.set(f"who/{self.rank}", json.dumps([host(), socket.gethostname(), os.getpid()]))
             while not self._ended:
                 self._round(store)
                 self.rounds += 1
@@ -110,19 +105,14 @@ class Pulse:
                 self.finished.add(rank)
         if now - self._read >= self._beat:
             since, self._read = now - self._read, now
-            self._meet(store)
             self._hear(store, min(since, 2 * self._beat))
 
-    def _meet(self, store: Store) -> None:
-        """Learn where the ranks are that have begun since."""
-        for rank in [rank for rank in self._unknown if store.check([f"who/{rank}", f"beat/{rank}"])]:
-            place, name, pid = json.loads(store.get(f"who/{rank}"))
-            self._unknown.remove(rank)
-            self.peers[rank] = Peer(name, pid, place == host())
+    def _begun(self, store: Store, rank: int) -> bool:
+        return bool(store.check([f"beat/{rank}"]))
 
     def _hear(self, store: Store, since: float) -> None:
         """Read the beats of the others."""
-        ranks = [rank for rank in self.peers if rank not in self.finished]
+        ranks = [r for r, peer in self.peers.items() if r not in self.finished and (peer.beat or self._begun(store, r))]
         for rank, value in zip(ranks, store.multi_get([f"beat/{r}" for r in ranks]) if ranks else [], strict=True):
             peer, (beat, step) = self.peers[rank], map(int, value.split())
             peer.silence = peer.silence + since if beat == peer.beat else 0.0

@@ -39,8 +39,12 @@ class Watch:
         self._memory = MemoryLimit()
         self._processes: dict[int, Process] = {}
         self._dead: dict[int, float] = {}  # when it was seen
-        self._seen: set[int] = set()
         self._poll = select.poll()
+        for rank, peer in pulse.peers.items():
+            with suppress(OSError, AttributeError):
+                if peer.here:
+                    self._processes[rank] = process = Process(peer.pid)
+                    self._poll.register(process.handle, select.POLLIN)
         self._rounds, self._unanswered, self._last = -1, 0.0, time.monotonic()
         self._ended = threading.Event()
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -75,12 +79,6 @@ class Watch:
 
     def _wait(self) -> None:
         """Wait for a moment, or until a process ends."""
-        for rank, peer in list(self._pulse.peers.items()):
-            if peer.here and rank not in self._seen:
-                self._seen.add(rank)
-                with suppress(OSError, AttributeError):
-                    self._processes[rank] = process = Process(peer.pid)
-                    self._poll.register(process.handle, select.POLLIN)
         if not self._processes:
             self._ended.wait(TICK)
             return
@@ -140,7 +138,7 @@ class Watch:
 
     def _at(self, rank: int) -> str:
         peer = self._pulse.peers.get(rank)
-        return f" at step {peer.step}, on {peer.host} (process {peer.pid})" if peer is not None else ""
+        return f", at step {peer.step} or later, on {peer.host} (process {peer.pid})" if peer is not None else ""
 
     def _frozen(self, ranks: list[int]) -> str:
         def one(rank: int) -> str:
