@@ -83,7 +83,8 @@ class Ledger:
         losses: dict[str, list[float]] = {learner.name: [] for learner in self._learners}
         for i, (turn, loss) in enumerate(zip(turns, by_rank.sum(0).tolist(), strict=True)):
             name = turn.update.learner.name
-            self._check(name, loss, turn.step, by_rank[:, i])
+            if turn.applied or not turn.update.learner.may_skip:
+                self._check(name, loss, turn.step, by_rank[:, i])
             if turn.applied:
                 losses[name].append(loss)
         now = time.monotonic()
@@ -105,6 +106,8 @@ class Ledger:
             values["gradient_norm"] = float(learner.gradient_norm)
         if learner.loss_scale is not None:
             values |= {"loss_scale": learner.loss_scale, "skipped": learner.skipped}
+        elif learner.may_skip:
+            values["skipped"] = learner.skipped
         if len(self._learners) == 1:
             return values
         return {f"{learner.name}/{key}": value for key, value in values.items()}

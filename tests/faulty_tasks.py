@@ -41,14 +41,16 @@ class Loss(nn.Module):
         if self.calls == int(os.environ.get("FAULT_STEP", "5")) and attempt < int(
             os.environ.get("FAULT_ATTEMPTS", "9")
         ):
-            if int(os.environ["FAULT_RANK"]) == own_rank():
+            if int(os.environ.get("FAULT_RANK", "-1")) == own_rank():
                 if "PIDFILE" in os.environ:
                     Path(os.environ["PIDFILE"]).write_text(str(os.getpid()))
                 Path(MARK).touch()
                 self.fail(os.environ["FAULT"])
             elif os.environ.get("OTHERS") == "compute":
                 time.sleep(60)
-        return F.cross_entropy(guesses, targets)
+        first, count = int(os.environ.get("NAN_STEP", "0")), int(os.environ.get("NAN_STEPS", "0"))
+        hurt = first <= self.calls < first + count and torch.is_grad_enabled() and own_rank() == 1
+        return F.cross_entropy(guesses, targets) * (torch.nan if hurt else 1.0)
 
     def fail(self, kind: str) -> None:
         if kind == "sleep":
