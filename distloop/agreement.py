@@ -5,10 +5,10 @@ from __future__ import annotations
 import enum
 import signal
 import time
-from types import FrameType, TracebackType
 
 import torch
 
+from distloop.signals import Caught
 from distloop.transports import Rows, Transport
 
 
@@ -107,31 +107,16 @@ class Agreement:
         return self._wish
 
 
-class Signals:
-    """While entered, SIGTERM and the first Ctrl-C ask for a stop; the second Ctrl-C interrupts at once."""
+class Signals(Caught):
+    """While entered, signals ask for a stop; the second SIGINT or SIGTERM ends at once."""
 
     def __init__(self, agreement: Agreement):
-        self._agreement = agreement
-        self._before: dict[int, object] = {}
+        super().__init__(lambda number: agreement.ask(WISHES[signal.Signals(number)]))
 
-    def __enter__(self) -> Signals:
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
-        except ValueError:
-            pass  # not the main thread: whoever owns the process owns its signals
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
-        self._before.clear()
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            self._agreement.ask(Stop.INTERRUPTED)
-        else:
-            self._agreement.ask(Stop.TERMINATED)
+WISHES = {
+    signal.SIGINT: Stop.INTERRUPTED,
+    signal.SIGTERM: Stop.TERMINATED,
+    signal.SIGUSR1: Stop.TERMINATED,
+    signal.SIGUSR2: Stop.TERMINATED,
+}

@@ -14,6 +14,8 @@ from distloop.collectives.auto import Auto
 from distloop.collectives.auto import calibrate as calibrate_transport
 from distloop.errors import WorldError, found_by_all
 from distloop.failure import parting
+from distloop.heartbeat import Heartbeat
+from distloop.last_words import forget, remember
 from distloop.layers import Setting
 from distloop.records import Observer, Result
 from distloop.settings import Resolved, from_environment, from_file, from_mapping, resolve
@@ -72,16 +74,24 @@ def run(
     with found_by_all():
         builder = Builder(resolved, task)
     place = make_place(resolved.config, world, transport)
+    heartbeat = Heartbeat.begin(world, place.transport, resolved.config.world.heartbeat) if transport is None else None
     try:
         with reproducible(resolved.config):
-            result = builder.session(place, observers).run()
+            session = builder.session(place, observers)
+            remember(session.directory, world.rank)
+            result = session.run()
+            if heartbeat is not None:
+                heartbeat.end()
     except BaseException as failure:
         found = parting(failure, place.transport) if transport is None else failure
+        if heartbeat is not None:
+            heartbeat.abandon()
         place.transport.close(failed=True)
         if found is failure:
             raise
         raise found from failure
     place.transport.close()
+    forget()
     return result
 
 

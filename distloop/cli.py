@@ -13,6 +13,7 @@ import click
 from distloop import __version__
 from distloop.checkpoint_cli import checkpoint
 from distloop.errors import ConfigError, found_by_all, nearest
+from distloop.signals import Caught
 
 if TYPE_CHECKING:
     from distloop.records import Result
@@ -68,6 +69,9 @@ def train(context: click.Context, target: str | None, resume: str | None, ranks:
         torchrun --nproc-per-node 4 -m distloop train configs/digits.yaml
     """
     from distloop.failure import guarded
+    from distloop.orphans import follow_launcher
+
+    follow_launcher()
 
     def work() -> int:
         from distloop.world import World
@@ -293,5 +297,6 @@ def _quiet_torch() -> None:
 def main(arguments: list[str] | None = None, run: Callable[..., object] = cli.main) -> NoReturn:
     """Entry point of the ``distloop`` command."""
     _quiet_torch()
-    run(args=arguments, prog_name="distloop")
+    with Caught(None, patience=0.2):  # until a run asks for more, also while torch is imported
+        run(args=arguments, prog_name="distloop")
     raise SystemExit(0)

@@ -166,6 +166,10 @@ class MonitorSection(Section):
     )
     keep_best: bool = Field(True, description="keep the best model and load it at the end")
     explosion: PositiveFloat | None = Field(1000.0, description="stop if the loss exceeds this many times the first")
+    nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="at a NaN or an infinity: stop the run, or skip updates whose gradient has one"
+    )
+    most_skipped: Positive = Field(20, description="skip: updates in a row that may be skipped")
 
 
 class CheckpointSection(Section):
@@ -211,6 +215,10 @@ class WorldSection(Section):
     )
     shared_memory: bool = Field(True, description="whether ranks of one host may share memory")
     timeout: PositiveFloat = Field(300.0, description="seconds after which a missing rank is an error")
+    heartbeat: NotNegativeFloat | None = Field(
+        None,
+        description="seconds without a sign of life after which a rank is frozen (default 10, with GPUs 60; 0: never)",
+    )
     threads: Positive | None = Field(
         None, description="torch threads per rank (default: this rank's part of the cores)"
     )

@@ -19,7 +19,7 @@ from distloop.leaf_state import LeafState
 from distloop.optimizer import Optimizer, OptimizerShard
 from distloop.schedules import Schedule
 from distloop.strategies import Parameters, Strategy
-from distloop.transforms import ClipByNorm, Collected, LossScale, Stream, Transform
+from distloop.transforms import ClipByNorm, Collected, LossScale, SkipNonFinite, Stream, Transform
 from distloop.transports import Transport
 
 
@@ -101,9 +101,10 @@ class Learner:
         self.base_lr, self.schedule, self.transforms = lr, schedule, list(transforms)
         self.parameters: Sequence[OptimizerShard] = optimizer.shards
         self.step = 0  # updates applied
-        self.skipped = 0  # updates that an overflow prevented
+        self.skipped = 0  # updates that an overflow, a NaN or an infinity prevented
         self.losses: list[tuple[float, Tensor]] = []  # of this turn: this rank's (share of the global batch, loss)
         self._loss_scale = next((t for t in self.transforms if isinstance(t, LossScale)), None)
+        self._skips = [t for t in self.transforms if isinstance(t, LossScale | SkipNonFinite)]
         self._clip = next((t for t in self.transforms if isinstance(t, ClipByNorm)), None)
         self._last: Any = NOTHING  # batch that was run, if it may be needed again
         self._device = next(iter(strategy.parameters.values())).device
@@ -120,6 +121,11 @@ class Learner:
     def lr(self) -> float:
         """The learning rate of the next update."""
         return self.base_lr * self.schedule(self.step)
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether a loss that is not finite is borne: its update is left out."""
+        return any(isinstance(transform, SkipNonFinite) for transform in self.transforms)
 
     @property
     def loss_scale(self) -> float | None:
@@ -185,9 +191,9 @@ class Learner:
         if self.leaf_state is not None:
             self.leaf_state.settle(self.turn)
         self.turn += 1
-        if self._ahead is not None and self._loss_scale is not None:
+        if self._ahead is not None and self._skips:
             self._ahead.await_decision()
-        if self.strategy.overflowed or (self._loss_scale is not None and self._loss_scale.overflowed):
+        if self.strategy.overflowed or any(transform.overflowed for transform in self._skips):
             self.skipped += 1
             return
         self.step += 1

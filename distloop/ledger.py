@@ -51,6 +51,7 @@ class Ledger:
         self._learners, self._transport, self._explosion = list(learners), transport, explosion
         self._turns: list[_Turn] = []
         self._skipped = {learner.name: 0 for learner in learners}
+        self._may_skip = {learner.name: learner.may_skip for learner in learners}
         self._first: dict[str, float] = {}
         self._samples = 0
         self._since = time.monotonic()
@@ -91,7 +92,7 @@ class Ledger:
         losses: dict[str, list[float]] = {learner.name: [] for learner in self._learners}
         for i, (turn, loss) in enumerate(zip(turns, by_part.sum(0).sum(1).tolist(), strict=True)):
             name = turn.learner
-            self._check(name, loss, turn.step, by_rank[:, i])
+            self._check(turn, loss, by_rank[:, i])
             if turn.applied:
                 losses[name].append(loss)
         now = time.monotonic()
@@ -115,7 +116,7 @@ class Ledger:
         turns = []
         for turn, *pairs in zip(self._turns, *ranks, strict=True):
             by_rank = torch.tensor([sum(share * loss for share, loss in rank) for rank in pairs], dtype=torch.float64)
-            self._check(turn.learner, float(by_rank.sum()), turn.step, by_rank)
+            self._check(turn, float(by_rank.sum()), by_rank)
             turns.append([turn.learner, turn.applied, turn.step, pairs])
         return {"turns": turns, "first": self._first}
 
@@ -154,11 +155,16 @@ class Ledger:
             values["gradient_norm"] = float(learner.gradient_norm)
         if learner.loss_scale is not None:
             values |= {"loss_scale": learner.loss_scale, "skipped": learner.skipped}
+        elif learner.may_skip:
+            values["skipped"] = learner.skipped
         if len(self._learners) == 1:
             return values
         return {f"{learner.name}/{key}": value for key, value in values.items()}
 
-    def _check(self, name: str, loss: float, step: int, by_rank: Tensor) -> None:
+    def _check(self, turn: _Turn, loss: float, by_rank: Tensor) -> None:
+        name, step = turn.learner, turn.step
+        if not turn.applied and self._may_skip[name]:
+            return
         first = self._first.setdefault(name, abs(loss))
         limit = math.inf if self._explosion is None else self._explosion * max(first, 1.0)
         if abs(loss) <= limit and math.isfinite(loss):

@@ -14,6 +14,7 @@ from distloop.agreement import Agreement, Signals, Stop
 from distloop.checkpoint import load_model, make_durable, model_state, save_model, write_json
 from distloop.errors import DataError
 from distloop.evaluation import Evaluation
+from distloop.heartbeat import Heartbeat
 from distloop.keeper import MOST_MISSES, Keeper
 from distloop.ledger import Ledger
 from distloop.limits import REASONS, Limits, exit_code
@@ -155,6 +156,8 @@ class Session:
         self._samples += position.samples
         self._trained += position.samples
         self.following = (update.epoch + 1, 0) if position.last else (update.epoch, position.batch + 1)
+        if (heartbeat := Heartbeat.current()) is not None:
+            heartbeat.step(self.step)
         if self._progress is not None:
             self._progress(self.step)
         evaluate = self._evaluation is not None and limits.evaluation_due(self.step, update)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from distloop import native
+from distloop.errors import NonFiniteError
 from distloop.strategies.scale import DynamicScale
 
 
@@ -111,6 +112,30 @@ class LossScale(DynamicScale, Transform):
             return
         for i, collected in _last_first(held):
             yield i, collected.divided_by(torch.full((), scale, device=norm.device))
+
+
+class SkipNonFinite(Transform):
+    """Leave an update out on all ranks if the gradient's global norm is NaN or infinite; after ``most`` in a row, fail.
+
+    The norm is computed from a sum over all ranks, so all decide alike. Loss scaling does this by itself.
+    """
+
+    def __init__(self, most: int):
+        self.most = most
+        self.overflowed = False  # in the last step
+        self.in_a_row = 0
+
+    def __call__(self, stream: Stream, total: Total) -> Stream:
+        held, norm = _measured(stream, total)
+        self.overflowed = not math.isfinite(norm.item())
+        self.in_a_row = self.in_a_row + 1 if self.overflowed else 0
+        if self.in_a_row > self.most:
+            raise NonFiniteError(
+                f"the gradient's norm was NaN or infinite in {self.in_a_row} steps in a row, and monitor.most_skipped "
+                f"is {self.most}; a smaller optimizer.lr, schedule.warmup_steps or gradients.clip_norm may help"
+            )
+        if not self.overflowed:
+            yield from _last_first(held)
 
 
 def _last_first(held: list[tuple[int, Collected]]) -> list[tuple[int, Collected]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,14 +37,32 @@ class Loss(nn.Module):
     def forward(self, guesses: Tensor, targets: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             self.calls += 1
-        if int(os.environ["FAULT_RANK"]) == own_rank() and self.calls == int(os.environ.get("FAULT_STEP", "5")):
-            Path(MARK).touch()
-            self.fail(os.environ["FAULT"])
-        return F.cross_entropy(guesses, targets)
+        attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        if self.calls == int(os.environ.get("FAULT_STEP", "5")) and attempt < int(
+            os.environ.get("FAULT_ATTEMPTS", "9")
+        ):
+            if int(os.environ.get("FAULT_RANK", "-1")) == own_rank():
+                if "PIDFILE" in os.environ:
+                    Path(os.environ["PIDFILE"]).write_text(str(os.getpid()))
+                Path(MARK).touch()
+                self.fail(os.environ["FAULT"])
+            elif os.environ.get("OTHERS") == "compute":
+                time.sleep(60)
+        first, count = int(os.environ.get("NAN_STEP", "0")), int(os.environ.get("NAN_STEPS", "0"))
+        hurt = first <= self.calls < first + count and torch.is_grad_enabled() and own_rank() == 1
+        return F.cross_entropy(guesses, targets) * (torch.nan if hurt else 1.0)
 
     def fail(self, kind: str) -> None:
         if kind == "sleep":
             time.sleep(60)
+        elif kind == "hold":
+            ctypes.PyDLL(None).sleep(60)  # without letting go of the GIL
+        elif kind == "raise":
+            raise ValueError("a bug in the task")
+        elif kind == "leave":
+            sys.exit(0)
+        elif kind == "vanish":
+            os._exit(0)
         else:
             os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[kind])
 
@@ -53,6 +73,12 @@ def model(width: int = 16) -> nn.Module:
 
 def Faulty() -> distloop.Supervised:
     return distloop.Supervised(model(), Loss(), DATA)
+
+
+def Endless() -> distloop.Supervised:
+    """Tell each rank's process id."""
+    Path(f"{os.environ['PIDFILE']}.{own_rank()}").write_text(str(os.getpid()))
+    return distloop.Supervised(model(), nn.CrossEntropyLoss(), DATA)
 
 
 class Slow(TensorDataset):

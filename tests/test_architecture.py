@@ -13,8 +13,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # From the ground up; a module may import from its own floor and from those before it (docs/decisions/0001).
 FLOORS = [
-    ["errors"],
-    ["world", "native", "host_memory"],
+    ["errors", "ending", "signals"],
+    ["world", "native", "host_memory", "memory_limit", "orphans"],
     ["checkpoints"],
     ["transports"],
     ["collectives", "messages"],
@@ -38,13 +38,13 @@ FLOORS = [
     ["ahead", "learner", "turns"],
     ["checkpoint", "recording", "own_state"],
     ["loop"],
-    ["agreement", "ledger", "evaluation", "records", "monitor", "limits", "saver"],
+    ["agreement", "ledger", "evaluation", "records", "monitor", "limits", "saver", "heartbeat", "replicas"],
     ["keeper"],
     ["session"],
     ["observers", "tasks"],
     ["yaml_file", "layers", "config", "settings"],
     ["build"],
-    ["api", "failure", "plot", "checkpoint_cli"],
+    ["api", "failure", "last_words", "plot", "checkpoint_cli"],
     ["cli", "__main__", "__init__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -183,16 +183,16 @@ IN_COMPANY = [
     ("tests.user_tasks:UnusedOnOneRank", "ddp", {2}, "the loss does not reach parameters spare.weight"),
     ("tests.user_tasks:UnusedOnOneRank", "naive", {0}, ""),
     ("tests.user_tasks:OtherModelOnOneRank", "ddp", {12}, "model differs from rank 0's at parameter 0"),
-    ("tests.user_tasks:DetachedOnTheLastRank", "naive", {2, 10}, "depends on no trained parameter"),
+    ("tests.user_tasks:DetachedOnTheLastRank", "naive", {2}, "depends on no trained parameter"),
     (
         "tests.user_tasks:UnusedLast",
         "ddp --data.micro_batch_size 5",
         {2},
         "the loss does not reach parameters spare.weight",
     ),
-    ("tests.user_tasks:UnusedLater", "ddp", {2, 10}, "did not reach every parameter"),
+    ("tests.user_tasks:UnusedLater", "ddp", {2}, "did not reach every parameter"),
     ("tests.user_tasks:OtherLength", "naive", {12}, "number of samples is 20 on rank 0 and 21 on rank 1"),
-    ("tests.user_tasks:CorruptSample", "naive", {4, 10}, "reading sample 7 failed"),
+    ("tests.user_tasks:CorruptSample", "naive", {4}, "reading sample 7 failed"),
     ("tests.user_tasks:NaNOnTheLastRank", "ddp", {13}, "learner 'model', on rank 1"),
     ("tests.user_tasks:SharedBody", "ddp", {2}, "objectives 'actor' and 'critic' share parameters"),
     ("tests.user_tasks:NothingCollected", "naive", {4}, "no rank collected anything"),
@@ -237,7 +237,7 @@ def test_a_reader_that_leaves_does_not_end_the_training(tmp_path: Path, lines: i
 
 def test_a_bug_of_the_users_shows_its_traceback_once(tmp_path: Path) -> None:
     codes, _, err = train(tmp_path, "tests.user_tasks:BugOnOneRank", ranks=2)
-    assert sorted(codes) == [1, 10]
+    assert codes == [1, 1]
     assert err.count("Traceback") == 1
     assert 'KeyError: "the user\'s own bug"' in err
 

@@ -148,6 +148,8 @@ class Method:
         chain: list[transforms.Transform] = []
         if precision.name == "fp16":
             chain.append(transforms.LossScale(precision.loss_scale, precision.growth_interval))
+        elif self._config.monitor.nonfinite == "skip":
+            chain.append(transforms.SkipNonFinite(self._config.monitor.most_skipped))
         if c.clip_norm is not None:
             chain.append(transforms.ClipByNorm(c.clip_norm))
         if c.clip_value is not None:

@@ -57,6 +57,11 @@ def make_strategy(name: str, objective: Objective, place: Place, config: Config,
     strategy = make(
         config.strategy.name, parameters, place.transport, options_from(config), method.recipe(model, parameters)
     )
+    if strategy.updates_itself and config.monitor.nonfinite == "skip":
+        raise ConfigError(
+            f"monitor.nonfinite: {config.strategy.name} updates by itself, and skips for a loss scale alone; set stop",
+            everywhere=True,
+        )
     rest = {key: t for key, t in _tensors(model).items() if key not in parameters}
     for held, module in held_modules(objective).items():
         module.to(place.device)

@@ -193,6 +193,25 @@ def has_met() -> bool:
     return _meeting.store is not None
 
 
+def another_connection() -> Store | None:
+    """Return the store over a connection of its own, for a thread that must not wait behind another; None without one.
+
+    Its keys are apart from those of other attempts and worlds.
+    """
+    return None if _meeting.store is None else PrefixStore(f"{_prefix()}/aside", _meeting.store.clone())  # type: ignore[attr-defined]
+
+
+def post(key: str, value: str, seconds: float = 1.0) -> str | None:
+    """Set a key of :func:`another_connection` unless it is set; return what it is now, None if it cannot be known."""
+    found = _ask(lambda store: store.compare_set(f"{_prefix()}/aside/{key}", "", value), seconds)
+    return None if found is None else found.decode()
+
+
+def store_in_launcher() -> bool:
+    """Return whether the launcher keeps the store; else rank 0 does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def claim(what: str) -> bool:
     """Return whether this is the first rank to claim ``what``; alone, or cut off from the others, it always is."""
     number = _ask(lambda store: store.add(f"{_prefix()}/claim/{what}", 1), 1.0)

@@ -1,0 +1,134 @@
+"""Signals that ask a process to stop: the first is a question, the second an order, also to a main thread that hangs.
+
+Python calls a signal's handler in the main thread, between two lines of Python. A main thread that waits in C++ for
+another rank never gets there. So the interpreter also writes each signal's number into a pipe, at once, and a thread
+reads it: where the main thread has not ended a while after the order, this one ends the process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType, TracebackType
+
+from distloop.ending import leave
+
+ENDING = (signal.SIGINT, signal.SIGTERM)
+ASKING = (signal.SIGUSR1, signal.SIGUSR2)
+PATIENCE = 1.0  # seconds from the order for which the main thread may end by itself
+
+
+class Terminated(SystemExit):
+    """The second SIGTERM, as KeyboardInterrupt is the second Ctrl-C."""
+
+
+class Caught:
+    """While entered, the first signal that asks for a stop calls ``ask`` with its number, and the second one ends.
+
+    SIGUSR1 and SIGUSR2 ask, and never end. Without ``ask`` the first one ends. Does nothing in threads other than the
+    main one: whoever owns the process owns its signals.
+
+    Args:
+        ask: called in the main thread, and in another one; only sets a flag.
+        patience: seconds for which the main thread may end by itself, by KeyboardInterrupt or Terminated.
+    """
+
+    def __init__(self, ask: Callable[[int], None] | None, patience: float = PATIENCE):
+        self._ask, self._patience = ask, patience
+        self._before: dict[int, object] = {}
+        self._orders = 0 if ask is not None else 1  # that the main thread has seen
+        self._pipe: tuple[int, int] | None = None
+        self._wakeup_before = -1
+        self._thread: threading.Thread | None = None
+        self._last: threading.Timer | None = None  # ends the process
+
+    def __enter__(self) -> Caught:
+        numbers = ENDING if self._ask is None else (*ENDING, *ASKING)
+        try:
+            for number in numbers:
+                self._before[number] = signal.signal(number, self._handle)
+        except ValueError:
+            return self  # not the main thread
+        self._pipe = os.pipe()
+        for end in self._pipe:
+            os.set_blocking(end, end == self._pipe[0])
+        self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._watch, args=(self._pipe[0],), name="signals", daemon=True)
+        self._thread.start()
+        _entered.append(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pipe is None:
+            return
+        _entered.remove(self)
+        signal.set_wakeup_fd(self._wakeup_before, warn_on_full_buffer=False)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
+        self._before.clear()
+        os.write(self._pipe[1], b"\0")  # no signal has this number: the thread is to end
+        assert self._thread is not None
+        self._thread.join(PATIENCE)
+        if self._last is not None:
+            self._last.cancel()  # the main thread has come here, so it does not hang
+        self._close()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number in ENDING:
+            self._orders += 1
+            if self._orders > 1 and self._ask is None:
+                leave(128 + number)
+            if self._orders > 1 and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            if self._orders > 1:
+                raise Terminated(128 + number)
+        if self._ask is not None:
+            self._ask(number)
+
+    def _watch(self, pipe: int) -> None:
+        """Read the numbers of signals; after the order, end the process unless it ends by itself."""
+        orders = 0 if self._ask is not None else 1
+        while True:
+            for number in os.read(pipe, 64):
+                if number == 0:
+                    return
+                orders += number in ENDING
+                if orders > 1 and number in ENDING:
+                    self._last = threading.Timer(self._patience, leave, (128 + number,))
+                    self._last.daemon = True
+                    self._last.start()
+                elif self._ask is not None and number in (*ENDING, *ASKING):
+                    self._ask(number)
+
+    def _close(self) -> None:
+        for end in self._pipe or ():
+            os.close(end)
+        self._pipe = None
+
+
+_entered: list[Caught] = []
+
+
+def _in_child() -> None:
+    """Leave the parent's pipe alone in a forked process, as a worker is; it ends with its parent, not before it.
+
+    Ctrl-C goes to all processes of a terminal. A worker that ended at once would take the agreed stop's batches along.
+    """
+    if not _entered:
+        return
+    with suppress(ValueError):  # forked by another thread than the main one
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGTERM, *ASKING):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for caught in _entered:
+        caught._close()
+    _entered.clear()
+
+
+os.register_at_fork(after_in_child=_in_child)

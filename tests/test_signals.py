@@ -1,0 +1,133 @@
+"""Signals end a process that waits in C++, one that still imports, and leave its workers alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from distloop.signals import Caught, Terminated
+
+ROOT = Path(__file__).parent.parent
+SOON = 2.0
+
+# The main thread waits in C++ for a receiver's message, which Python cannot interrupt.
+STUCK = """
+import os, sys, threading
+import torch, torch.distributed as dist
+from datetime import timedelta
+from distloop.signals import Caught
+asked = []
+def ask(number):
+    if not asked:
+        asked.append(number)
+        print("asked", number, flush=True)
+with Caught(ask):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    print("ready", flush=True)
+    store.wait(["never"], timedelta(seconds=60))
+"""
+
+
+def started(*arguments: str, **variables: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
+    return subprocess.Popen(
+        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+@pytest.mark.parametrize(("first", "second"), [("INT", "INT"), ("TERM", "TERM"), ("USR1", "TERM"), ("INT", "TERM")])
+def test_a_second_signal_ends_a_process_that_hangs(first: str, second: str) -> None:
+    one, two = signal.Signals[f"SIG{first}"], signal.Signals[f"SIG{second}"]
+    with started("-c", STUCK) as process:
+        assert line(process) == "ready"
+        process.send_signal(one)
+        assert line(process) == f"asked {one.value}"
+        if first == "USR1":
+            process.send_signal(two)  # asks too, and does not end
+        begun = time.monotonic()
+        process.send_signal(two)
+        if first == "USR1":
+            process.send_signal(signal.SIGINT)
+            two = signal.SIGINT
+        code = process.wait(10)
+        assert code in (128 + two, 143), code
+        assert time.monotonic() - begun < SOON
+        out, err = process.communicate()
+        assert (out, err) == ("", "")
+
+
+IMPORTS = """
+import sys, time
+from importlib.abc import MetaPathFinder
+class Slow(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            print("importing", flush=True)
+            {wait}
+sys.meta_path.insert(0, Slow())
+from distloop.cli import main
+main(["train", "digits"])
+"""
+WAITS = {
+    "in Python": "time.sleep(60)",
+    "in C": "import ctypes; ctypes.PyDLL(None).usleep(100000); ctypes.CDLL(None).sleep(60)",
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_signal_during_the_imports_ends_at_once(tmp_path: Path, number: signal.Signals, wait: str) -> None:
+    with started("-c", IMPORTS.format(wait=WAITS[wait])) as process:
+        assert line(process) == "importing"
+        begun = time.monotonic()
+        process.send_signal(number)
+        assert process.wait(10) == 128 + number
+        assert time.monotonic() - begun < 1.0
+        assert process.communicate() == ("", "")
+
+
+def test_handlers_and_what_wakes_up_are_restored() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    asked: list[int] = []
+    with Caught(asked.append):
+        signal.raise_signal(signal.SIGUSR2)
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGTERM)
+        assert set(asked) == {signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM}
+        with pytest.raises(Terminated):
+            signal.raise_signal(signal.SIGTERM)
+    assert {number: signal.getsignal(number) for number in before} == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_forked_worker_shares_no_pipe_and_outlives_a_ctrl_c() -> None:
+    asked: list[int] = []
+    with Caught(asked.append) as caught:
+        assert caught._pipe is not None
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            states = [
+                signal.getsignal(signal.SIGINT) == signal.SIG_IGN,
+                signal.getsignal(signal.SIGTERM) == signal.SIG_DFL,
+            ]
+            states += [signal.set_wakeup_fd(-1) == -1]
+            os.kill(os.getpid(), signal.SIGINT)
+            os.write(writing, bytes(states))
+            os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading, "rb") as told:
+            assert list(told.read()) == [1, 1, 1]
+        assert os.waitpid(child, 0)[1] == 0
+        assert asked == []
