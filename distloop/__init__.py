@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from distloop.api import fit
     from distloop.averages import MovingAverage
     from distloop.errors import DistloopError
-    from distloop.learner import Learner, Objective
+    from distloop.learner import Learner
     from distloop.loop import Update, train
     from distloop.memory import ReplayMemory
+    from distloop.objective import Objective
     from distloop.records import Record, Result
     from distloop.site import Site
     from distloop.tasks.base import Supervised, Task, accuracy
@@ -31,7 +32,7 @@ _HOME = {
     "ReplayMemory": "distloop.memory",
     "Site": "distloop.site",
     "Learner": "distloop.learner",
-    "Objective": "distloop.learner",
+    "Objective": "distloop.objective",
     "Update": "distloop.loop",
     "train": "distloop.loop",
     "Record": "distloop.records",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,8 +11,9 @@ import click
 
 from distloop import __version__
 from distloop.checkpoint_cli import checkpoint
-from distloop.errors import ConfigError, found_by_all, nearest
+from distloop.errors import ConfigError, found_by_all
 from distloop.signals import Caught
+from distloop.targets import resolve, resumed
 
 if TYPE_CHECKING:
     from distloop.records import Result
@@ -79,7 +79,7 @@ def train(context: click.Context, target: str | None, resume: str | None, ranks:
         world = World.from_environment()
         with found_by_all():
             _check_simulation(ranks, world)
-            resolved = _resolve(*_resumed(target, resume, context.args))
+            resolved = resolve(*resumed(target, resume, context.args))
         from distloop.api import run
 
         return (run(resolved, world) if ranks is None else _simulate(resolved, ranks)).exit_code
@@ -97,7 +97,7 @@ def config(context: click.Context, target: str, as_json: bool, traceback: bool) 
     from distloop.failure import guarded
 
     def work() -> int:
-        resolved = _resolve(target, context.args)
+        resolved = resolve(target, context.args)
         from distloop.build import check
 
         check(resolved)
@@ -126,7 +126,7 @@ def calibrate(context: click.Context, target: str, traceback: bool) -> None:
         world = World.from_environment()
         with found_by_all():
             only_settings = target.startswith("-")
-            resolved = _resolve("digits" if only_settings else target, [target] * only_settings + context.args)
+            resolved = resolve("digits" if only_settings else target, [target] * only_settings + context.args)
         from distloop.api import calibrate
 
         costs = calibrate(resolved, world).costs
@@ -187,50 +187,13 @@ def plot(
         else:
             from distloop.plot.schedule import plot_schedule
 
-            print(plot_schedule(_resolve(schedule, list(runs)), picture))
+            print(plot_schedule(resolve(schedule, list(runs)), picture))
         return 0
 
     guarded(work, traceback=traceback)
 
 
 cli.add_command(checkpoint)
-
-
-def _resumed(target: str | None, resume: str | None, arguments: list[str]) -> tuple[str, list[str]]:
-    """Return target and settings with what ``--resume`` says."""
-    if target is not None and target.startswith("-"):  # the first setting, where there is no target
-        arguments = [target, *arguments]
-        target = None
-    if resume is not None:
-        arguments = [*arguments, "--checkpoint.resume", resume]
-    if target is not None:
-        return target, arguments
-    if resume is None or resume == "auto":
-        raise ConfigError("command line: TARGET is missing: what is to be trained? (--resume PATH knows it by itself)")
-    path = Path(resume)
-    run = path.parent.parent if path.parent.name == "checkpoints" else path
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"command line --resume: {resume}: is no run directory: it has no config.yaml")
-    arguments = ["--log.directory", str(run.parent), "--log.name", run.name, *arguments]
-    return str(run / "config.yaml"), arguments
-
-
-def _resolve(target: str, arguments: list[str]) -> Resolved:
-    """Return the configuration that a target and the settings behind it come to."""
-    from distloop import settings
-    from distloop.layers import Setting
-    from distloop.tasks import TASKS
-
-    sys.path.insert(0, str(Path.cwd()))  # a task of the user's own is looked for in the current folder
-    if target.startswith("-"):
-        raise ConfigError(f"command line: {target} stands where TARGET should: settings come behind it")
-    if not Path(target).exists() and not Path(target).suffix and ":" not in target and target not in TASKS:
-        raise ConfigError(f"command line: {target!r} is neither a file nor a supplied task{nearest(target, TASKS)}")
-    if target in TASKS or (":" in target and not Path(target).exists()):
-        base = {"task.name": Setting(target, "command line")}
-    else:
-        base = settings.from_file(Path(target))
-    return settings.resolve(base, settings.from_environment(), settings.from_arguments(arguments))
 
 
 def _check_simulation(ranks: int | None, world: World) -> None:

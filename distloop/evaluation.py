@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from distloop.collectives.tree import own_leaves
-from distloop.data import Batches, Plan
+from distloop.data import Batches
 from distloop.errors import ConfigError
 from distloop.leaf_state import seed_generators
 from distloop.loading import Loading
 from distloop.messages import gather_json, gather_uneven
+from distloop.plan import Plan
 from distloop.transports import Alone, Transport
 from distloop.world import World
 

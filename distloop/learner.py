@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,32 +16,12 @@ from distloop.data import MicroBatch
 from distloop.errors import ConfigError
 from distloop.first_step import FirstStepCheck
 from distloop.leaf_state import LeafState
+from distloop.objective import Objective, held_modules
 from distloop.optimizer import Optimizer, OptimizerShard
 from distloop.schedules import Schedule
-from distloop.strategies import Parameters, Strategy
+from distloop.strategies import Strategy
 from distloop.transforms import ClipByNorm, Collected, LossScale, SkipNonFinite, Stream, Transform
 from distloop.transports import Transport
-
-
-class Objective(Protocol):
-    """What one model learns. Two methods are optional.
-
-    - ``weight(batch)`` returns what ``loss`` is a mean over. Without it a batch weighs its number of samples. A
-      language model whose loss is a mean over tokens returns how many there are.
-    - ``updated()`` is called on every rank after each applied update: a moving average or a target network follows.
-    """
-
-    model: nn.Module
-
-    def guess(self, batch: Any) -> Any:
-        """Return the model's answer to ``batch``."""
-
-    def targets(self, batch: Any) -> Any:
-        """Return what the answer should have been: from the data, the inputs, noise, or another model."""
-
-    def loss(self, guesses: Any, targets: Any) -> Tensor:
-        """Return a scalar: the mean over what ``weight`` counts."""
-
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _NOTHING_SPECIAL = nullcontext()
@@ -52,33 +32,6 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     """Return the context in which forward passes run at ``precision``: fp32, bf16 or fp16."""
     dtype = _AUTOCAST.get(precision)
     return _NOTHING_SPECIAL if dtype is None else torch.autocast(device.type, dtype)
-
-
-def trained_parameters(name: str, model: nn.Module) -> Parameters:
-    """Return the parameters of ``model`` that require a gradient, by name.
-
-    Raises:
-        ConfigError: there are none.
-    """
-    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
-    if not trained:
-        raise ConfigError(
-            f"objective {name!r}: its model {type(model).__name__} has no parameter that requires a gradient"
-        )
-    return trained
-
-
-def held_modules(objective: Objective) -> dict[str, nn.Module]:
-    """Return the modules that an objective holds besides its model, by attribute: a teacher, a target network."""
-    slots = [name for kind in type(objective).__mro__ for name in getattr(kind, "__slots__", ())]
-    names = [*slots, *getattr(objective, "__dict__", {})]
-    held: dict[str, Any] = {name: getattr(objective, name, None) for name in names}
-    if isinstance(objective, nn.Module):
-        held |= dict(objective.named_children())
-    for name, value in list(held.items()):
-        if isinstance(value, list | tuple):
-            held |= {f"{name}.{i}": item for i, item in enumerate(value)}
-    return {n: m for n, m in held.items() if isinstance(m, nn.Module) and m is not objective.model}
 
 
 class Learner:

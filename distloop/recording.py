@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from distloop.averages import MovingAverage
 from distloop.checkpoints import Checkpoint, Stored
 from distloop.errors import ConfigError
-from distloop.learner import Learner, held_modules
+from distloop.learner import Learner
+from distloop.objective import held_modules
 from distloop.strategies import Segment
 
 MASTER = "master"  # values that the optimizer updates, where they say more than the model's

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distloop.data import Assembly, Cut, Plan, Position, derive_seed
+from distloop.data import Assembly, Cut, Position, derive_seed
 from distloop.errors import ConfigError, DataError
 from distloop.order import Order, in_order
+from distloop.plan import Plan
 from distloop.world import World
 
 

@@ -18,10 +18,12 @@ from torch.nn import functional as F
 
 from distloop import optimizer as optimizers
 from distloop.averages import MovingAverage
-from distloop.data import Batches, Plan, derive_seed
-from distloop.learner import Learner, trained_parameters
+from distloop.data import Batches, derive_seed
+from distloop.learner import Learner
 from distloop.loop import train
+from distloop.objective import trained_parameters
 from distloop.order import Order
+from distloop.plan import Plan
 from distloop.schedules import Constant
 from distloop.strategies import Options, Recipe, Segment, Strategy, by_leaves, make
 from distloop.tasks import actor_critic

@@ -26,6 +26,7 @@ FLOORS = [
         "draws",
         "loading",
         "leaves",
+        "plan",
         "data",
         "leaf_state",
         "uneven",
@@ -35,7 +36,7 @@ FLOORS = [
         "losses",
         "first_step",
     ],
-    ["ahead", "learner", "turns"],
+    ["objective", "ahead", "learner", "turns"],
     ["checkpoint", "recording", "own_state"],
     ["loop"],
     ["agreement", "ledger", "evaluation", "records", "monitor", "limits", "saver", "heartbeat", "replicas"],
@@ -44,11 +45,11 @@ FLOORS = [
     ["observers", "tasks"],
     ["yaml_file", "layers", "config", "settings"],
     ["build"],
-    ["api", "failure", "last_words", "plot", "checkpoint_cli"],
+    ["api", "failure", "last_words", "plot", "checkpoint_cli", "targets"],
     ["cli", "__main__", "__init__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-KNOW_THE_CONFIGURATION = {"config", "settings", "build", "api", "plot", "cli"}
+KNOW_THE_CONFIGURATION = {"config", "settings", "build", "api", "plot", "targets", "cli"}
 
 
 def part(module: Path) -> str:

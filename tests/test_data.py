@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import Dataset, TensorDataset
 
-from distloop.data import Batches, Plan, derive_seed
+from distloop.data import Batches, derive_seed
 from distloop.errors import ConfigError, DataError
 from distloop.loading import Fetch, Loading, Request, ToDevice
+from distloop.plan import Plan
 from distloop.world import World
 from tests.parity import permutation
 

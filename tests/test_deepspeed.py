@@ -20,9 +20,9 @@ from torch import Tensor
 
 from distloop.averages import MovingAverage
 from distloop.build.models import refuse_what_runs_models
-from distloop.data import Plan
 from distloop.errors import ConfigError, NonFiniteError, WorldError
-from distloop.learner import trained_parameters
+from distloop.objective import trained_parameters
+from distloop.plan import Plan
 from distloop.strategies import Options, Recipe, Strategy, check, make
 from distloop.strategies.deepspeed import extension, settings
 from distloop.transports import Alone, Transport

@@ -25,10 +25,11 @@ from distloop.build import Builder, make_place
 from distloop.build.deterministic import leaves_of, reproducible
 from distloop.collectives import naive
 from distloop.collectives.tree import Fold, own_leaves, owner, sum_nodes
-from distloop.data import Batches, Plan
+from distloop.data import Batches
 from distloop.errors import ConfigError, WorldError
 from distloop.leaf_state import LeafState
 from distloop.leaves import leaves_of_at_most
+from distloop.plan import Plan
 from distloop.settings import from_mapping, resolve
 from distloop.strategies.tree import Tree
 from distloop.tasks.base import SupervisedObjective

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from distloop.data import Batches, Minibatch, Plan
+from distloop.data import Batches, Minibatch
 from distloop.draws import seed_all, without_trace
 from distloop.errors import DataError
 from distloop.loading import Fetch, Loading, Request
+from distloop.plan import Plan
 from distloop.uneven import PerRank, UnevenBatches
 from distloop.world import World
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from distloop import order as orders
-from distloop.data import Batches, Plan, derive_seed
+from distloop.data import Batches, derive_seed
 from distloop.errors import DataError
 from distloop.order import LARGEST, Order, hashed, in_order
+from distloop.plan import Plan
 from distloop.world import World
 
 

@@ -102,7 +102,7 @@ def test_epochs_of_unknown_length_are_over_when_they_are_counted(tmp_path: Path)
 
 def test_the_real_facts_tell_the_length_of_an_epoch() -> None:
     from distloop.build.facts import _batch
-    from distloop.data import Plan
+    from distloop.plan import Plan
 
     run = Curves()
     run.add(Record("start", 0, 0, {"batch": _batch(Plan(12800, 64, 16), 2)}), 0.0)

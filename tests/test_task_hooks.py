@@ -18,7 +18,7 @@ from distloop.averages import MovingAverage
 from distloop.build import Builder, Place
 from distloop.build.models import moving_averages
 from distloop.errors import ConfigError, DataError, MismatchError
-from distloop.learner import held_modules
+from distloop.objective import held_modules
 from distloop.settings import from_mapping, resolve
 from distloop.tasks.base import SupervisedObjective
 from distloop.transports import Transport

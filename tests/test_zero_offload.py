@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from distloop import optimizer as optimizers
 from distloop.build.method import Method
 from distloop.collectives.sharded import all_gather, reduce_scatter, unit
-from distloop.data import Plan
 from distloop.errors import ConfigError, RankDiedError
 from distloop.learner import Learner
+from distloop.plan import Plan
 from distloop.schedules import Constant
 from distloop.settings import from_arguments, resolve
 from distloop.strategies import Options, Parameters, Strategy

@@ -10,11 +10,11 @@ import torch
 
 from distloop.agreement import Agreement
 from distloop.build import run_directory
-from distloop.build.contents import fingerprint, samples_in
-from distloop.build.deterministic import hold_to_leaves, leaves_of
+from distloop.build.deterministic import hold_to_leaves
 from distloop.build.differences import compare
+from distloop.build.evaluating import describe_monitor, make_evaluation
 from distloop.build.facts import facts
-from distloop.build.feeding import Fed, make_loading
+from distloop.build.feeding import Fed
 from distloop.build.keeping import make_keeper, resumed_facts
 from distloop.build.length import epochs_of, steps_of
 from distloop.build.method import Method
@@ -28,14 +28,15 @@ from distloop.build.models import (
 from distloop.build.place import Place, make_place
 from distloop.build.run_directory import RunDirectory
 from distloop.data import derive_seed
-from distloop.errors import found_by_all, nearest
+from distloop.errors import found_by_all
 from distloop.evaluation import Evaluation
 from distloop.keeper import Resumed
-from distloop.learner import Learner, Objective, autocast
+from distloop.learner import Learner
 from distloop.ledger import Ledger
 from distloop.limits import Limits
 from distloop.messages import agree_on
-from distloop.monitor import Judge, Monitor, lower_is_better
+from distloop.monitor import Judge, Monitor
+from distloop.objective import Objective
 from distloop.observers import make_observers
 from distloop.optimizer import Optimizer
 from distloop.records import Observer
@@ -113,8 +114,8 @@ class Builder:
         else:
             fed.steps = resumed.own_facts("data")["steps"]
         turns = self._turns(task, strategies, steps_of(self.config, fed.steps))
-        evaluation = self._evaluation(task, place)
-        monitored = self._check_monitor(evaluation)
+        evaluation = make_evaluation(task, place, self.config)
+        monitored = describe_monitor(self.resolved, evaluation)
         directory = directory or run_directory.make(self.config, place.world, place.transport)
         session = self._make_session(task, turns, fed, evaluation, place, directory.path, observers)
         session.on_close.callback(directory.close)
@@ -233,32 +234,6 @@ class Builder:
             save_epochs=config.checkpoint.every_epochs,
         )
 
-    def _evaluation(self, task: Any, place: Place) -> Evaluation | None:
-        samples = getattr(task, "validation", None)
-        size = 0 if samples is None else samples_in(samples, "validation")
-        facts = {"number of validation samples": size, "contents": fingerprint(samples)}
-        agree_on(place.transport, facts, "the validation data")
-        if samples is None:
-            return None
-        for metric in getattr(task, "metrics", {}).values():
-            if hasattr(metric, "to"):  # torchmetrics keep their sums where their inputs are
-                metric.to(place.device)
-        return Evaluation(
-            task,
-            samples,
-            size,
-            batch_size=self.config.evaluate.batch_size,
-            models=[objective.model for objective in task.objectives.values()],
-            world=place.world,
-            transport=place.transport,
-            device=place.device,
-            collate=getattr(task, "collate", None),
-            loading=make_loading(self.config),
-            precision=lambda: autocast(place.device, self.config.precision.name),
-            leaves=leaves_of(self.config),
-            seed=self.config.train.seed,
-        )
-
     def _monitor(self) -> Monitor:
         c = self.config.monitor
         return Monitor(c.metric, c.mode, c.patience, c.min_delta, c.keep_best, c.target)
@@ -286,33 +261,6 @@ class Builder:
             precision=self.config.precision.name,
             unused=self.config.strategy.unused_parameters,
         )
-
-    def _check_monitor(self, evaluation: Evaluation | None) -> str | None:
-        """Refuse to wait for a metric that will never come; return in words what is watched."""
-        monitor, error = self.config.monitor, self.resolved.error
-        if evaluation is None:
-            waiting = {f"monitor.{key}": getattr(monitor, key) for key in ("metric", "patience", "target")}
-            for dotted, value in waiting.items():
-                if value is not None:
-                    raise error(dotted, "needs validation data, and the task has none")
-            for one in (self.resolved, *self.resolved.learners.values()):
-                if one.config.schedule.name == "plateau":
-                    raise one.error("schedule.name", "plateau needs validation data, and the task has none")
-            return None
-        if monitor.target is not None and monitor.metric is None:
-            raise error("monitor.target", "of which metric? set monitor.metric as well")
-        # One batch is evaluated now, so that a mistake in it shows before the training and not after an epoch of it.
-        names = evaluation.names()
-        if monitor.metric is not None and monitor.metric not in names:
-            hint = nearest(monitor.metric, names)
-            raise error("monitor.metric", f"evaluation of the first batch returns no metric {monitor.metric!r}{hint}")
-        if not names:
-            return None
-        name = monitor.metric or names[0]
-        lower = monitor.mode == "min" if monitor.mode else lower_is_better(name)
-        kept = "the best model is kept" if monitor.keep_best else "the last model is kept"
-        enough = "" if monitor.target is None else f", {monitor.target:g} is enough"
-        return f"{name}, {'lower' if lower else 'higher'} is better{enough}; {kept}"
 
     def _run_facts(self) -> dict[str, Any]:
         """Return what must be the same on every rank before any of it is used: all that decides what is computed."""

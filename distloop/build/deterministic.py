@@ -13,8 +13,9 @@ from torch import nn
 
 from distloop.config import Config
 from distloop.leaf_state import LeafState
-from distloop.learner import Learner, held_modules
+from distloop.learner import Learner
 from distloop.leaves import leaves_of_at_most
+from distloop.objective import held_modules
 
 
 def leaves_of(config: Config) -> int:

@@ -14,8 +14,8 @@ from distloop.build.length import epochs_of
 from distloop.build.method import lr_scale
 from distloop.build.place import Place
 from distloop.config import Config
-from distloop.data import Plan
 from distloop.learner import Learner
+from distloop.plan import Plan
 from distloop.settings import Resolved
 from distloop.uneven import UnevenBatches
 

@@ -16,11 +16,12 @@ from distloop.build.deterministic import leaves_of
 from distloop.build.place import Place
 from distloop.build.resumed_data import Regrouped, Resumed
 from distloop.config import Config
-from distloop.data import Batches, Plan, derive_seed
+from distloop.data import Batches, derive_seed
 from distloop.errors import ConfigError, DataError, MismatchError
 from distloop.evaluation import as_pair, totals
 from distloop.loading import Loading
 from distloop.messages import agree_on
+from distloop.plan import Plan
 from distloop.site import Site
 from distloop.uneven import PerRank, UnevenBatches
 

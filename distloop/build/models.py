@@ -14,7 +14,7 @@ from distloop.build.method import Method
 from distloop.build.place import Place
 from distloop.config import Config
 from distloop.errors import ConfigError
-from distloop.learner import Objective, held_modules, trained_parameters
+from distloop.objective import Objective, held_modules, trained_parameters
 from distloop.strategies import Options, Strategy, make
 from distloop.strategies.base import agree_on_model
 

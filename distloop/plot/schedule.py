@@ -15,9 +15,9 @@ from distloop.build.length import epochs_of, steps_of
 from distloop.build.method import Method
 from distloop.build.place import Place
 from distloop.config import Config
-from distloop.data import Plan
 from distloop.errors import DistloopError
 from distloop.observers.curves import new_figure, plain
+from distloop.plan import Plan
 from distloop.plot import save
 from distloop.settings import Resolved
 from distloop.site import Site

@@ -11,7 +11,7 @@ from torch.distributions import Categorical
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from distloop.learner import Objective
+from distloop.objective import Objective
 from distloop.site import Site
 from distloop.tasks.checks import check_choice, check_range, check_sizes
 from distloop.tasks.environments import Chances, Episode, Figures, Maker, network, play, returns, stacked

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from distloop.errors import ConfigError
-from distloop.learner import Objective
+from distloop.objective import Objective
 from distloop.tasks.base import split
 from distloop.tasks.checks import check_sizes
 from distloop.tasks.digits import TEST_IMAGES, load_digits

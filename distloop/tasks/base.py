@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distloop.errors import ConfigError
-from distloop.learner import Objective
+from distloop.objective import Objective
 
 LossFunction = Callable[[Any, Any], Tensor]
 

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from distloop import losses
 from distloop.errors import ConfigError
-from distloop.learner import Objective
+from distloop.objective import Objective
 from distloop.tasks.base import split
 from distloop.tasks.checks import check_positive, check_sizes
 from distloop.tasks.digits import FEATURES, TEST_IMAGES, convolutions, load_digits

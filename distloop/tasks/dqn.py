@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from distloop.averages import MovingAverage
-from distloop.learner import Objective
 from distloop.memory import ReplayMemory
+from distloop.objective import Objective
 from distloop.site import Site
 from distloop.tasks.checks import check_positive, check_range, check_sizes
 from distloop.tasks.environments import Chances, Figures, Maker, Stream, network, returns

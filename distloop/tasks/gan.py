@@ -13,8 +13,8 @@ from torch.utils.data import TensorDataset
 
 from distloop.averages import MovingAverage
 from distloop.errors import ConfigError
-from distloop.learner import Objective
 from distloop.losses import discriminator_loss, generator_loss
+from distloop.objective import Objective
 from distloop.optimizer import Adam, Group
 from distloop.site import Site
 from distloop.tasks.base import split

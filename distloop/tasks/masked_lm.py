@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distloop.errors import ConfigError, DataError
-from distloop.learner import Objective
+from distloop.objective import Objective
 from distloop.tasks.checks import check_positive, check_sizes
 from distloop.tasks.gpt import GPT, check_transformer
 from distloop.tasks.text import divide

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from distloop.errors import ConfigError
-from distloop.learner import Objective
+from distloop.objective import Objective
 from distloop.tasks.checks import check_finite, check_sizes
 from distloop.tasks.codes import Curve, decode, gap_db, hamming_7_4, uncoded
 

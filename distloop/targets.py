@@ -1,0 +1,49 @@
+"""What the command line's TARGET, and the settings behind it, come to."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distloop.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from distloop.settings import Resolved
+
+
+def resumed(target: str | None, resume: str | None, arguments: list[str]) -> tuple[str, list[str]]:
+    """Return target and settings with what ``--resume`` says."""
+    if target is not None and target.startswith("-"):  # the first setting, where there is no target
+        arguments = [target, *arguments]
+        target = None
+    if resume is not None:
+        arguments = [*arguments, "--checkpoint.resume", resume]
+    if target is not None:
+        return target, arguments
+    if resume is None or resume == "auto":
+        raise ConfigError("command line: TARGET is missing: what is to be trained? (--resume PATH knows it by itself)")
+    path = Path(resume)
+    run = path.parent.parent if path.parent.name == "checkpoints" else path
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"command line --resume: {resume}: is no run directory: it has no config.yaml")
+    arguments = ["--log.directory", str(run.parent), "--log.name", run.name, *arguments]
+    return str(run / "config.yaml"), arguments
+
+
+def resolve(target: str, arguments: list[str]) -> Resolved:
+    """Return the configuration that a target and the settings behind it come to."""
+    from distloop import settings
+    from distloop.layers import Setting
+    from distloop.tasks import TASKS
+
+    sys.path.insert(0, str(Path.cwd()))  # a task of the user's own is looked for in the current folder
+    if target.startswith("-"):
+        raise ConfigError(f"command line: {target} stands where TARGET should: settings come behind it")
+    if not Path(target).exists() and not Path(target).suffix and ":" not in target and target not in TASKS:
+        raise ConfigError(f"command line: {target!r} is neither a file nor a supplied task{nearest(target, TASKS)}")
+    if target in TASKS or (":" in target and not Path(target).exists()):
+        base = {"task.name": Setting(target, "command line")}
+    else:
+        base = settings.from_file(Path(target))
+    return settings.resolve(base, settings.from_environment(), settings.from_arguments(arguments))
