@@ -72,7 +72,10 @@ class Fed:
     def state_dict(self) -> dict[str, Any]:
         """Return what of this epoch's data could not be had again, and what tells whether the rest is the same."""
         own: dict[str, Any] | None = None
-        if self._own is not None:
+        if isinstance(self._fed, Regrouped):
+            parts = self._fed.owns if self._place.world.rank == 0 else []
+            own = {"passes": self._fed.passes, "kept": "regrouped", "parts": parts}
+        elif self._own is not None:
             own = {"passes": self._own.passes, "kept": "nothing"}
             if hasattr(self._task, "recall"):
                 own["kept"] = "recalled"
@@ -128,7 +131,7 @@ class Fed:
 
     def _enter(self, data: Any) -> None:
         if isinstance(data, Regrouped):
-            self._data, self._size, self._fed = None, None, data
+            self._data, self._size, self._fed, self._own, self._facts = None, None, data, None, {}
             return
         own = isinstance(data, PerRank)
         self._own, self._facts = data if own else None, {}

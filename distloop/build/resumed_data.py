@@ -54,6 +54,8 @@ class Resumed:
 
     def data(self, world: World) -> PerRank | Regrouped | None:
         """Return what ranks had collected for themselves: this rank's, or all of it if there are other ranks now."""
+        if self._kept == "regrouped":
+            return Regrouped(self._states[0]["own"]["parts"], self._config, self._options)
         if self._kept != "all":
             return None
         if len(self._states) == world.size:
@@ -100,7 +102,7 @@ class Regrouped(Assembly):
         self._then = UnevenBatches(
             PerRank(TensorDataset(*held), passes), counts, global_batch_size=sizes.global_batch_size, **options
         )
-        self.counts, self.passes, self.steps = counts, passes, self._then.steps
+        self.owns, self.counts, self.passes, self.steps = list(owns), counts, passes, self._then.steps
         self._micro_batch_size = sizes.micro_batch_size
         super().__init__(TensorDataset(*held), **options)
 
