@@ -123,8 +123,8 @@ def test_a_short_stop_is_survived(tmp_path: Path) -> None:
 def test_all_may_be_suspended_for_longer_than_the_heartbeat(tmp_path: Path) -> None:
     """As a scheduler does with a whole job; nobody counts the time in which it did not run itself."""
     ended: list[list[Ended]] = []
-    variables = {"FAULT": "stop", "OTHERS": "stop", "PIDFILE": str(tmp_path / "pid")}
-    running = threading.Thread(target=lambda: ended.append(train(tmp_path, **variables)))
+    variables = {"OTHERS": "stop", "PIDFILE": str(tmp_path / "pid")}
+    running = threading.Thread(target=lambda: ended.append(train(tmp_path, "stop", **variables)))
     running.start()
     pids = [_pid(tmp_path / f"pid.{rank}") for rank in range(3)]
     for pid in pids:
@@ -148,7 +148,9 @@ def test_a_frozen_rank_that_keeps_the_store_is_named_too(tmp_path: Path) -> None
 
 
 def _pid(path: Path) -> int:
+    deadline = time.monotonic() + 60
     while not (path.exists() and path.read_text().strip()):
+        assert time.monotonic() < deadline, f"{path.name} was not written"
         time.sleep(0.01)
     return int(path.read_text())
 
