@@ -41,13 +41,15 @@ class Loss(nn.Module):
         if self.calls == int(os.environ.get("FAULT_STEP", "5")) and attempt < int(
             os.environ.get("FAULT_ATTEMPTS", "9")
         ):
+            if "PIDFILE" in os.environ:
+                Path(f"{os.environ['PIDFILE']}.{own_rank()}").write_text(str(os.getpid()))
             if int(os.environ.get("FAULT_RANK", "-1")) == own_rank():
-                if "PIDFILE" in os.environ:
-                    Path(os.environ["PIDFILE"]).write_text(str(os.getpid()))
                 Path(MARK).touch()
                 self.fail(os.environ["FAULT"])
             elif os.environ.get("OTHERS") == "compute":
                 time.sleep(60)
+            elif os.environ.get("OTHERS") == "stop":
+                self.fail("stop")
         first, count = int(os.environ.get("NAN_STEP", "0")), int(os.environ.get("NAN_STEPS", "0"))
         hurt = first <= self.calls < first + count and torch.is_grad_enabled() and own_rank() == 1
         return F.cross_entropy(guesses, targets) * (torch.nan if hurt else 1.0)
@@ -61,6 +63,8 @@ class Loss(nn.Module):
             raise ValueError("a bug in the task")
         elif kind == "leave":
             sys.exit(0)
+        elif kind == "eat":
+            torch.ones(2**28)  # a GiB
         elif kind == "vanish":
             os._exit(0)
         else:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.ranks import Ended, run_command
+from tests.ranks import Ended, free_port, run_command
 
 ROOT = Path(__file__).parent.parent
 QUIET = ("--log.tensorboard", "false", "--log.picture", "false", "--data.global_batch_size", "30", "--log.name", "run")
@@ -112,7 +112,7 @@ def test_a_short_stop_is_survived(tmp_path: Path) -> None:
     ended: list[list[Ended]] = []
     running = threading.Thread(target=lambda: ended.append(train(tmp_path, "stop", PIDFILE=str(tmp_path / "pid"))))
     running.start()
-    pid = _pid(tmp_path / "pid")
+    pid = _pid(tmp_path / "pid.1")
     _until_stopped(pid)
     time.sleep(FROZEN / 2)  # the length of the stop is what is tested
     os.kill(pid, signal.SIGCONT)
@@ -120,8 +120,37 @@ def test_a_short_stop_is_survived(tmp_path: Path) -> None:
     assert [end.code for end in ended[0]] == [0, 0, 0], "".join(end.err for end in ended[0])
 
 
+def test_all_may_be_suspended_for_longer_than_the_heartbeat(tmp_path: Path) -> None:
+    """As a scheduler does with a whole job; nobody counts the time in which it did not run itself."""
+    ended: list[list[Ended]] = []
+    variables = {"OTHERS": "stop", "PIDFILE": str(tmp_path / "pid")}
+    running = threading.Thread(target=lambda: ended.append(train(tmp_path, "stop", **variables)))
+    running.start()
+    pids = [_pid(tmp_path / f"pid.{rank}") for rank in range(3)]
+    for pid in pids:
+        _until_stopped(pid)
+    time.sleep(FROZEN * 1.5)  # the length of the stop is what is tested
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    running.join(60)
+    assert [end.code for end in ended[0]] == [0, 0, 0], "".join(end.err for end in ended[0])
+
+
+def test_a_frozen_rank_that_keeps_the_store_is_named_too(tmp_path: Path) -> None:
+    """Without a launcher's store rank 0 has it, and nothing that is asked of it returns."""
+    port = {"MASTER_PORT": str(free_port()), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    ends = train(tmp_path, "stop", stays=0, **port | {"FAULT_RANK": "0"})
+    took = late(tmp_path, ends, faulty=0)
+    assert [end.code for end in ends[1:]] == [11, 11], said(ends)
+    assert "rank 0 has not" in said(ends) and "is stopped (SIGSTOP)" in said(ends)
+    assert FROZEN - 0.5 < took < FROZEN + 3.0
+    print(f"store: {took:.2f} s")
+
+
 def _pid(path: Path) -> int:
+    deadline = time.monotonic() + 60
     while not (path.exists() and path.read_text().strip()):
+        assert time.monotonic() < deadline, f"{path.name} was not written"
         time.sleep(0.01)
     return int(path.read_text())
 
