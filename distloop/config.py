@@ -165,6 +165,10 @@ class MonitorSection(Section):
         None, description="stop as soon as the metric is this good"
     )
     keep_best: bool = Field(True, description="keep the best model and load it at the end")
+    replicas_every: NotNegative | None = Field(
+        None,
+        description="compare what ranks have copies of after this many steps (default: at 1 % of the time; 0: never)",
+    )
     explosion: PositiveFloat | None = Field(1000.0, description="stop if the loss exceeds this many times the first")
     nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="at a NaN or an infinity: stop the run, or skip updates whose gradient has one"

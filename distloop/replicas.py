@@ -171,13 +171,15 @@ def _on_host(digests: Sequence[Tensor]) -> Tensor:
     return result
 
 
-def compare(learners: Sequence[Learner], transport: Transport, every: int | None = None) -> Replicas:
-    """Return what compares all that these learners should hold alike on every rank."""
+def compare(learners: Sequence[Learner], transport: Transport, every: int | None = None) -> Replicas | None:
+    """Return what compares all that these learners should hold alike on every rank; nothing does ``every`` 0 steps."""
+    if every == 0 or transport.size == 1:
+        return None
 
     def whole() -> AbstractContextManager[object]:
         stack = ExitStack()
         for learner in learners:
-            stack.enter_context(learner.strategy.whole())
+            stack.enter_context(learner.strategy.still())
         return stack
 
     return Replicas(

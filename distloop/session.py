@@ -48,6 +48,7 @@ class Session:
         directory: Path,
         averages: Mapping[str, nn.Module] | None = None,
         report: Report | None = None,
+        replicas: Callable[[int], None] | None = None,
         observers: Sequence[Observer] = (),
         progress: Callable[[int], None] | None = None,
     ):
@@ -61,7 +62,7 @@ class Session:
         self.files = {"model.safetensors": models} | ({"averages.safetensors": dict(averages)} if averages else {})
         for kept in self.files.values():
             model_state(kept)  # what cannot be saved is refused now, not after the training
-        self._report = report
+        self._report, self._replicas = report, replicas
         self.keeper: Keeper | None = None  # set by who builds it, if checkpoints are kept
         self.step = self.epoch = self._samples = 0
         self._begun = 0  # epochs
@@ -158,6 +159,8 @@ class Session:
         self.following = (update.epoch + 1, 0) if position.last else (update.epoch, position.batch + 1)
         if (heartbeat := Heartbeat.current()) is not None:
             heartbeat.step(self.step)
+        if self._replicas is not None:
+            self._replicas(self.step)
         if self._progress is not None:
             self._progress(self.step)
         evaluate = self._evaluation is not None and limits.evaluation_due(self.step, update)

@@ -40,6 +40,7 @@ from distloop.objective import Objective
 from distloop.observers import make_observers
 from distloop.optimizer import Optimizer
 from distloop.records import Observer
+from distloop.replicas import compare as compare_replicas
 from distloop.session import Session
 from distloop.settings import Resolved
 from distloop.site import Site
@@ -185,6 +186,7 @@ class Builder:
             evaluation=evaluation,
             directory=directory,
             averages=moving_averages(task.objectives),
+            replicas=compare_replicas(turns.learners, place.transport, config.monitor.replicas_every),
             report=fed.report if hasattr(task, "report") else None,
             observers=[*shown, *(observers if world.rank == 0 else ())],
             progress=progress,
