@@ -70,6 +70,10 @@ class Ledger:
         self._samples, self._since = 0, time.monotonic()
         self._collecting()
 
+    def leave_out(self, seconds: float) -> None:
+        """Leave so much time out of the rate."""
+        self._since += seconds
+
     def close(self) -> dict[str, Any] | None:
         """Return the values since the last call, exact over all ranks; None if there was no step.
 

@@ -181,12 +181,13 @@ class Session:
         """Begin to save; return, if it is the ``last``, when that is done, and whether all is safe."""
         if self.keeper is None:
             return False
+        begun = time.monotonic()
         if self._saved_at != self.step:
             best = self.judge.best if self.judge.monitor.keep_best else None
             self.keeper.save(self.step, best.step if best else None)
             self._saved_at = self.step
         self._agreement.saved()
-        self._ledger.restart_clock()
+        self._ledger.leave_out(time.monotonic() - begun)
         if not last:
             return False
         self._agreement.now()  # all ranks have begun

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from distloop.errors import REQUEUE
 from distloop.observers.text import label, line, number
 from distloop.records import Record
 
@@ -108,6 +110,8 @@ class Console:
             rows["best"] = f"{_metrics({name: result['best']})} at step {result['best_step']}"
             rows["kept model"] = _metrics(result["metrics"])
         directory = Path(result["directory"])
+        if result["exit_code"] == REQUEUE:
+            rows["saved"] = f"go on with: distloop train --resume {shlex.quote(str(directory))}"
         names = sorted(file.name for file in directory.iterdir() if not file.name.startswith("."))
         rows["results"] = f"{directory} ({', '.join(names)})"
         print(flush=True)
