@@ -110,7 +110,7 @@ class Console:
             rows["best"] = f"{_metrics({name: result['best']})} at step {result['best_step']}"
             rows["kept model"] = _metrics(result["metrics"])
         directory = Path(result["directory"])
-        if result["exit_code"] == REQUEUE:
+        if result.get("exit_code") == REQUEUE:
             rows["saved"] = f"go on with: distloop train --resume {shlex.quote(str(directory))}"
         names = sorted(file.name for file in directory.iterdir() if not file.name.startswith("."))
         rows["results"] = f"{directory} ({', '.join(names)})"
