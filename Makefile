@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help train test test-fast test-chaos test-mpich test-deepspeed lint format docs bench bench-all-reduce bench-overlap bench-adam bench-offload collectives parity kinds gallery clean
+.PHONY: help train test test-fast test-chaos test-mpich test-deepspeed lint format docs bench bench-all-reduce bench-overlap bench-adam bench-offload bench-deterministic collectives parity kinds gallery clean
 
 help:
 	@echo "make train      train $(CONFIG) on $(RANKS) ranks (CONFIG=..., RANKS=... to change)"
@@ -23,6 +23,7 @@ help:
 	@echo "make bench-overlap     benchmarks/overlap.py: how much of communication hides behind backward; as root"
 	@echo "make bench-adam        benchmarks/cpu_adam.py: the update on the CPU against DeepSpeed's, torch's and the memory"
 	@echo "make bench-offload     benchmarks/offload.py: how near offloaded training comes to what cannot be hidden; memory"
+	@echo "make bench-deterministic  benchmarks/deterministic.py: what the same bits on any number of ranks cost"
 	@echo "make collectives       the pictures of what these two measured"
 	@echo "make kinds      benchmarks/kinds.py: every kind of learning against its figure"
 	@echo "make gallery    docs/images/gallery.png: optimizers times schedules"
@@ -77,6 +78,9 @@ bench-adam: $(VENV)/.dev
 
 bench-offload: $(VENV)/.dev
 	$(BIN)/python benchmarks/offload.py
+
+bench-deterministic: $(VENV)/.dev
+	$(BIN)/python benchmarks/deterministic.py
 
 collectives: $(VENV)/.dev
 	$(BIN)/python benchmarks/pictures.py

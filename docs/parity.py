@@ -58,6 +58,8 @@ hold about a hundred bytes, so that there are several even in models this small.
 `deepspeed` computes in single precision alone, and shows no gradients: its figures are of the parameters after each
 step, under stages 1, 2 and 3 (stage 3: a classifier and a mean over tokens), with and without offload.
 
+`tree` cuts global batches that are the same on every rank: it has no policy gradient, and the same figures everywhere.
+
 At most 1e-12 in double and 1e-6 in single precision are promised. Left out in single precision: AdamW on the policy
 gradient, where rounding alone gives 1.4e-6.
 """
