@@ -69,10 +69,12 @@ def steps_of(side: str, name: str, transport: Any) -> tuple[Any, Iterator[Any], 
     """Return a model, what trains it step by step, and the configuration."""
     from distloop.build.deterministic import hold_to_leaves, leaves_of
     from distloop.build.models import options_from
-    from distloop.data import Batches, Plan
-    from distloop.learner import Learner, trained_parameters
+    from distloop.data import Batches
+    from distloop.learner import Learner
     from distloop.loop import train
+    from distloop.objective import trained_parameters
     from distloop.optimizer import Adam, Optimizer
+    from distloop.plan import Plan
     from distloop.schedules import Constant
     from distloop.settings import from_mapping, resolve
     from distloop.strategies import make
