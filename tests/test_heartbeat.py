@@ -130,7 +130,9 @@ def test_all_may_be_suspended_for_longer_than_the_heartbeat(tmp_path: Path) -> N
     for pid in pids:
         _until_stopped(pid)
     time.sleep(FROZEN * 1.5)  # the length of the stop is what is tested
-    for pid in pids:
+    os.kill(pids[0], signal.SIGCONT)
+    time.sleep(FROZEN * 0.3)  # so it looks for the others before they go on
+    for pid in pids[1:]:
         os.kill(pid, signal.SIGCONT)
     running.join(60)
     assert [end.code for end in ended[0]] == [0, 0, 0], "".join(end.err for end in ended[0])
@@ -184,10 +186,11 @@ def torchrun(folder: Path, *arguments: str, ranks: int = 2, **variables: str) ->
 
 
 @pytest.mark.slow
-def test_ranks_end_with_their_launcher(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_end_with_their_launcher(tmp_path: Path, ranks: int) -> None:
     task = ("-m", "distloop", "train", "tests.faulty_tasks:Endless", *QUIET, "--train.epochs", "100000")
-    with torchrun(tmp_path, *task, PIDFILE=str(tmp_path / "pid")) as launcher:
-        pids = [_pid(tmp_path / f"pid.{rank}") for rank in range(2)]
+    with torchrun(tmp_path, *task, ranks=ranks, PIDFILE=str(tmp_path / "pid")) as launcher:
+        pids = [_pid(tmp_path / f"pid.{rank}") for rank in range(ranks)]
         assert all(map(alive, pids))
         launcher.kill()
         begun = time.monotonic()
