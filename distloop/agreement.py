@@ -117,6 +117,6 @@ class Signals(Caught):
 WISHES = {
     signal.SIGINT: Stop.INTERRUPTED,
     signal.SIGTERM: Stop.TERMINATED,
-    signal.SIGUSR1: Stop.TERMINATED,
-    signal.SIGUSR2: Stop.TERMINATED,
+    signal.SIGUSR1: Stop.REQUESTED,
+    signal.SIGUSR2: Stop.REQUESTED,
 }

@@ -113,21 +113,14 @@ class Keeper:
         state = {"step": step, **{name: part.state_dict() for name, part in self.shared.items()}}
         own: dict[str, Any] = {name: part.state_dict() for name, part in self.own.items()}
         own["generators"] = generators(self.device)
-        contents = Contents({"model.safetensors": [], "extra.safetensors": []} if rank == 0 else {}, best=best)
+        contents = Contents({}, best=best)
         with ExitStack() as stack:
             for learner in learners:
                 stack.enter_context(learner.strategy.still())
             recorded = {learner.name: recording.record(learner, rank, ranks) for learner in learners}
             own["buffers"] = self._buffers()
-            models = {learner.name: learner.objective.model for learner in learners}
             if rank == 0:
-                stored, tied = distinct(model_state(models))
-                contents.files["model.safetensors"] = [Stored(k, t) for k, t in stored.items()]
-                contents.metadata["model.safetensors"] = {"format": "pt", **tied}
-                learned = list(models.values())
-                contents.files["extra.safetensors"] = [
-                    tensor for learner in learners for tensor in recording.record_others(learner, learned)
-                ]
+                self._take_models(contents)
             self._restore_buffers(own["buffers"])
         optimizer = [tensor for one in recorded.values() for tensor in one.tensors]
         packed, tensors = pack(f"rank-{rank:05}", own)
@@ -141,11 +134,22 @@ class Keeper:
             contents.state = {
                 **state,
                 "learners": {learner.name: learner.state_dict() for learner in learners},
-                "structure": {name: recording.structure(model) for name, model in models.items()},
+                "structure": {one.name: recording.structure(one.objective.model) for one in learners},
                 "turns": self.turns.batches,
                 "described": self.described(),
             }
         self.saver.save(step, contents)
+
+    def _take_models(self, contents: Contents) -> None:
+        """Take the models as they are, and what objectives have beside them."""
+        models = {learner.name: learner.objective.model for learner in self.turns.learners}
+        stored, tied = distinct(model_state(models))
+        contents.files["model.safetensors"] = [Stored(key, tensor) for key, tensor in stored.items()]
+        contents.metadata["model.safetensors"] = {"format": "pt", **tied}
+        learned = list(models.values())
+        contents.files["extra.safetensors"] = [
+            tensor for learner in self.turns.learners for tensor in recording.record_others(learner, learned)
+        ]
 
     def restore(self, resumed: Resumed) -> None:
         """Set models, optimizers and everything else to what a checkpoint says; every rank calls it.

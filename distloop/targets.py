@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 def resumed(target: str | None, resume: str | None, arguments: list[str]) -> tuple[str, list[str]]:
     """Return target and settings with what ``--resume`` says."""
-    if target is not None and target.startswith("-"):  # the first setting, where there is no target
-        arguments = [target, *arguments]
+    if target is not None and target.startswith("-") and resume not in (None, "auto"):
+        arguments = [target, *arguments]  # the first setting, where there is no target
         target = None
     if resume is not None:
         arguments = [*arguments, "--checkpoint.resume", resume]

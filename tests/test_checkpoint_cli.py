@@ -27,7 +27,7 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _ends_softly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distloop.failure, "_leave", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    monkeypatch.setattr(distloop.failure, "leave", lambda code: (_ for _ in ()).throw(SystemExit(code)))
 
 
 def call(*arguments: str | Path) -> Result:

@@ -17,6 +17,7 @@ from distloop.messages import agree_on
 from distloop.strategies.base import Options, Parameters, Strategy
 from distloop.strategies.zero_offload.flat import lay_out
 from distloop.strategies.zero_offload.gates import Gates
+from distloop.strategies.zero_offload.in_words import in_words
 from distloop.strategies.zero_offload.links import Direct, Link, link_to
 from distloop.strategies.zero_offload.traffic import Traffic
 from distloop.strategies.zero_offload.values import Values
@@ -61,7 +62,7 @@ class ZeroOffload(Strategy):
         dtypes = [str(b.flat.dtype).removeprefix("torch.") for b in self.buckets]
         how = "reduce-scatter and all-gather" if transport.size > 1 else "copies to the host and back"
         self.plan = [f"{len(b.flat)} {d} by {how}" for b, d in zip(self.buckets, dtypes, strict=True)]
-        self.about = _in_words(options)
+        self.about = in_words(options)
         agree_on(transport, {"buckets": self.plan}, "how gradients are collected")
         resident = round(options.device_fraction * self._count)
         links = [Direct(device)] * resident + [link] * (self._count - resident)
@@ -286,20 +287,6 @@ class ZeroOffload(Strategy):
 
     def _name(self, parameter: nn.Parameter) -> str:
         return next(name for name, p in self.parameters.items() if p is parameter)
-
-
-def _in_words(options: Options) -> str:
-    """Return what a user may want to see of the options before the training."""
-    said = ["optimizer in the host's memory"]
-    if options.device_fraction:
-        said.append(f"but for {options.device_fraction:.0%}")
-    if options.weights is not None:
-        said.append(f"model in {str(options.weights).removeprefix('torch.')}")
-    if options.accumulate == "shard":
-        said.append("accumulating on the shard")
-    if options.delayed_update:
-        said.append("updates delayed by a step")
-    return ", ".join(said)
 
 
 def _nothing() -> None: ...
