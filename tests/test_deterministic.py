@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -348,6 +348,7 @@ def gradients_of(transport: Transport, case: Case) -> list[dict[str, Tensor]]:
     return trained_by_distloop(transport, case).gradients
 
 
+@settings(max_examples=25)
 @given(st.integers(1, 30), st.integers(1, 20), st.integers(1, 8), st.integers(2, 8), st.sampled_from(["gan", "tokens"]))
 def test_gradients_are_the_same_bits_for_any_sizes(
     samples: int, whole: int, leaves: int, ranks: int, task: str
