@@ -6,13 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help train test test-fast test-chaos test-mpich test-deepspeed lint format docs bench bench-all-reduce bench-overlap bench-adam bench-offload bench-deterministic collectives parity kinds gallery clean
+.PHONY: help train test test-fast test-chaos test-long test-mpich test-deepspeed lint format docs bench bench-all-reduce bench-overlap bench-adam bench-offload bench-deterministic bench-safety collectives parity kinds gallery clean
 
 help:
 	@echo "make train      train $(CONFIG) on $(RANKS) ranks (CONFIG=..., RANKS=... to change)"
 	@echo "make test       the tests"
 	@echo "make test-fast  the tests that take seconds"
 	@echo "make test-chaos more ways of killing ranks"
+	@echo "make test-long  the long forms: 1,000 kills, 100,000 wrong configurations, and so on; an hour"
 	@echo "make test-mpich the tests over MPI with MPICH too (Open MPI is there)"
 	@echo "make test-deepspeed  the tests that have DeepSpeed compile its Adam for the CPU"
 	@echo "make lint       ruff and mypy"
@@ -24,6 +25,7 @@ help:
 	@echo "make bench-adam        benchmarks/cpu_adam.py: the update on the CPU against DeepSpeed's, torch's and the memory"
 	@echo "make bench-offload     benchmarks/offload.py: how near offloaded training comes to what cannot be hidden; memory"
 	@echo "make bench-deterministic  benchmarks/deterministic.py: what the same bits on any number of ranks cost"
+	@echo "make bench-safety      benchmarks/safety.py: what everything that keeps a run safe costs"
 	@echo "make collectives       the pictures of what these two measured"
 	@echo "make kinds      benchmarks/kinds.py: every kind of learning against its figure"
 	@echo "make gallery    docs/images/gallery.png: optimizers times schedules"
@@ -40,6 +42,9 @@ test-fast: $(VENV)/.dev
 
 test-chaos: $(VENV)/.dev
 	$(BIN)/python -m pytest -m chaos
+
+test-long: $(VENV)/.dev
+	$(BIN)/python -m tests.long
 
 test-mpich: $(VENV)/.dev .mpich/bin/mpiexec
 	$(BIN)/python -m pytest tests/test_mpi.py
@@ -81,6 +86,9 @@ bench-offload: $(VENV)/.dev
 
 bench-deterministic: $(VENV)/.dev
 	$(BIN)/python benchmarks/deterministic.py
+
+bench-safety: $(VENV)/.dev
+	$(BIN)/python benchmarks/safety.py
 
 collectives: $(VENV)/.dev
 	$(BIN)/python benchmarks/pictures.py

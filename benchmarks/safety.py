@@ -196,46 +196,45 @@ def summary(size: int, name: str, found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def show(rows: list[dict[str, Any]], beats: dict[int, float | None]) -> list[str]:
-    """Print the tables; return what was missed."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("ranks", "workload", "step without, ms", "with / without", "quartiles", "must")
-    missed = []
-    for row in rows:
+def markdown(found: dict[str, Any]) -> str:
+    """Return the tables."""
+    lines = ["| ranks | workload | step without, ms | with / without | quartiles | must |", "|---|---|---|---|---|---|"]
+    for row in found["rows"]:
         low, high = row["quartiles"]
-        table.add_row(
-            str(row["ranks"]),
-            row["workload"],
-            f"{row['plain_ms']:.2f}",
-            f"{row['ratio']:.3f}",
-            f"{low:.3f} to {high:.3f}",
-            f"{MUST}",
-        )
-        if row["ratio"] > MUST:
-            missed.append(f"{row['workload']} on {row['ranks']} ranks: {row['ratio']:.3f}, must {MUST}")
-    saves = Table(
-        "ranks", "workload", "checkpoint, MB", "held up, ms", "longer in all, ms", "of 5 minutes", "of 1 minute"
-    )
-    for row in rows:
-        saves.add_row(
-            str(row["ranks"]),
-            row["workload"],
-            f"{row['checkpoint_mb']:.1f}",
-            f"{row['held_ms']:.1f}",
-            f"{row['extra_ms']:.1f}",
-            f"{100 * row['part_of_default_interval']:.3f} %",
-            f"{100 * row['part_of_a_minute']:.3f} %",
-        )
-        if row["part_of_a_minute"] > MUST_SAVE:
-            missed.append(f"saving {row['workload']}: {row['part_of_a_minute']:.3f} of a minute, must {MUST_SAVE}")
-    console = Console(width=120)
-    console.print(table, saves)
-    for size, share in beats.items():
-        if share is not None:
-            print(f"heartbeat on {size} ranks: {100 * share:.2f} % of a processor for each rank")
-    return missed
+        cells = [row["ranks"], row["workload"], f"{row['plain_ms']:.2f}", f"**{row['ratio']:.3f}**"]
+        lines.append(_line([*cells, f"{low:.3f} to {high:.3f}", MUST]))
+    lines += [
+        "",
+        "| ranks | workload | checkpoint, MB | training held up, ms | longer in all, ms | of 5 minutes | of 1 |",
+    ]
+    lines.append("|---|---|---|---|---|---|---|")
+    for row in found["rows"]:
+        times = [f"{row['checkpoint_mb']:.1f}", f"{row['held_ms']:.1f}", f"{row['extra_ms']:.1f}"]
+        parts = [f"{100 * row['part_of_default_interval']:.3f} %", f"{100 * row['part_of_a_minute']:.3f} %"]
+        lines.append(_line([row["ranks"], row["workload"], *times, *parts]))
+    beats = [
+        f"{100 * share:.2f} % of a processor for each of {n} ranks" for n, share in found["heartbeat"].items() if share
+    ]
+    return "\n".join(lines) + (f"\n\nThe heartbeat's threads took {', '.join(beats)}." if beats else "")
+
+
+def missed(rows: list[dict[str, Any]]) -> list[str]:
+    """Return what was missed."""
+    steps = [
+        f"{row['workload']} on {row['ranks']} ranks: {row['ratio']:.3f}, must {MUST}"
+        for row in rows
+        if row["ratio"] > MUST
+    ]
+    saves = [
+        f"saving {row['workload']} on {row['ranks']} ranks: {row['part_of_a_minute']:.3f} of a minute, must {MUST_SAVE}"
+        for row in rows
+        if row["part_of_a_minute"] > MUST_SAVE
+    ]
+    return steps + saves
+
+
+def _line(cells: list[Any]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def main() -> int:
@@ -251,12 +250,13 @@ def main() -> int:
         told = ranks.run([__file__, "--rank", *(["--quick"] if options.quick else [])], size, limit=500)[0]
         rows += [summary(size, name, found) for name, found in told["found"].items()]
         beats[size] = told["beating"]
-    missed = show(rows, beats)
+    found = {"rows": rows, "heartbeat": beats}
+    print(markdown(found))
     if not options.quick:
-        RESULTS.write_text(json.dumps({"rows": rows, "heartbeat": beats}, indent=2) + "\n")
-    for line in missed:
+        RESULTS.write_text(json.dumps(found, indent=2) + "\n")
+    for line in missed(rows):
         print(f"missed: {line}")
-    return 1 if missed else 0
+    return 1 if missed(rows) else 0
 
 
 if __name__ == "__main__":

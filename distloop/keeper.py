@@ -19,7 +19,7 @@ from distloop.checkpoints import Checkpoint, Stored
 from distloop.data import derive_seed
 from distloop.errors import CheckpointError, ConfigError, StorageError
 from distloop.own_state import generators, pack, set_generators, unpack
-from distloop.saver import Contents, Saved, Saver
+from distloop.saver import MODEL, Contents, Saved, Saver
 from distloop.transports import Transport
 from distloop.turns import Turns
 from distloop.world import World
@@ -144,8 +144,8 @@ class Keeper:
         """Take the models as they are, and what objectives have beside them."""
         models = {learner.name: learner.objective.model for learner in self.turns.learners}
         stored, tied = distinct(model_state(models))
-        contents.files["model.safetensors"] = [Stored(key, tensor) for key, tensor in stored.items()]
-        contents.metadata["model.safetensors"] = {"format": "pt", **tied}
+        contents.files[MODEL] = [Stored(key, tensor) for key, tensor in stored.items()]
+        contents.metadata[MODEL] = {"format": "pt", **tied}
         learned = list(models.values())
         contents.files["extra.safetensors"] = [
             tensor for learner in self.turns.learners for tensor in recording.record_others(learner, learned)

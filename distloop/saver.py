@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from distloop.checkpoints import Checkpoints, Draft, Stored
-from distloop.errors import DistloopError, StorageError
+from distloop.errors import CheckpointError, DistloopError, StorageError
 
+MODEL = "model.safetensors"
 PATIENCE = 600.0  # seconds for which rank 0 waits for the others' parts
 
 
@@ -121,6 +122,9 @@ class Saver:
             self._ended.append(Saved(step, time.monotonic() - begun, nbytes, failure))
 
     def _write_part(self, step: int, contents: Contents, begun: float) -> int:
+        for stored in contents.files.get(MODEL, ()):
+            if not stored.tensor.isfinite().all():
+                raise CheckpointError(f"{stored.name} has values that are NaN or infinite, which is not worth keeping")
         draft = self._checkpoints.draft(step, self._token)
         try:
             for name, tensors in contents.files.items():

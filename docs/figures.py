@@ -1,4 +1,4 @@
-"""Bring the tables of docs/collectives.md and docs/zero.md up to date with what the benchmarks wrote."""
+"""Bring the tables of pages in docs/ up to date with what benchmarks and long tests wrote."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-PAGES = [HERE / "collectives.md", HERE / "zero.md"]
+PAGES = [HERE / "collectives.md", HERE / "zero.md", HERE / "reliability.md"]
 BENCHMARKS = HERE.parent / "benchmarks"
 RESULTS = BENCHMARKS / "results"
 
@@ -87,7 +87,39 @@ def offload(section: str) -> str:
     return "Not measured." if found is None else str(load("offload").PARTS[section][1](found)[0])
 
 
+def reliability(_: str = "") -> str:
+    """Return what the long tests printed when they last ran."""
+    path = RESULTS / "reliability.json"
+    lines = ["| `python -m tests.long.` | figures | seconds |", "| --- | --- | --- |"]
+    for form, figures in sorted(json.loads(path.read_text()).items()) if path.exists() else ():
+        told = ", ".join(
+            f"{key.replace('_', ' ')} {_said(value)}" for key, value in figures.items() if key != "seconds"
+        )
+        lines.append(f"| `{form}` | {told} | {figures['seconds']:,.0f} |")
+    return "\n".join(lines)
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{key} {_said(inner)}" for key, inner in value.items()) + ")"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def safety(_: str = "") -> str:
+    """Return the tables of what safety costs."""
+    path = RESULTS / "safety.json"
+    return str(load("safety").markdown(json.loads(path.read_text()))) if path.exists() else "Not measured."
+
+
+def deterministic(_: str = "") -> str:
+    """Return the table of what the same bits cost."""
+    return str(load("deterministic").table(json.loads((RESULTS / "deterministic.json").read_text())["rows"]))
+
+
 MAKE: dict[str, Callable[[str], str]] = {
+    "reliability": reliability,
+    "safety": safety,
+    "deterministic": deterministic,
     "all_reduce": all_reduce,
     "overlap": overlap,
     "calibrate": calibrate,

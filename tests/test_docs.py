@@ -63,7 +63,7 @@ def test_the_examples_on_tasks_run(
     assert len(capsys.readouterr().out.splitlines()) == 5
 
 
-@pytest.mark.parametrize(("name", "least"), [("collectives", 20), ("zero", 3)])
+@pytest.mark.parametrize(("name", "least"), [("collectives", 20), ("zero", 3), ("reliability", -1)])
 def test_the_pages_with_figures_are_current(name: str, least: int) -> None:
     script = load(ROOT / "docs" / "figures.py")
     page = (ROOT / "docs" / f"{name}.md").read_text()

@@ -17,7 +17,7 @@ import distloop
 from distloop.averages import MovingAverage
 from distloop.build import Builder, Place
 from distloop.checkpoints import Disk, RunLock
-from distloop.errors import BusyError, CheckpointError, ConfigError, DataError
+from distloop.errors import BusyError, CheckpointError, ConfigError, DataError, NonFiniteError
 from distloop.settings import from_mapping, resolve
 from distloop.transports import Alone, ThreadCluster, Transport
 from distloop.world import World
@@ -466,3 +466,21 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint_and_the_training(
     (result, _), *_ = run(1, tmp_path / "b", make=plain, checkpoint=options)
     assert (result.exit_code, result.reason) == (21, "checkpoints cannot be written")
     assert checkpoints(tmp_path / "b") == ["step-00000006"], "the last good one stays, and no rubbish"
+
+
+def test_a_model_that_is_not_finite_is_not_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last update broke it, and no loss has told yet."""
+
+    def make() -> Task:
+        task = plain()
+        calls = [0]
+        task.learned.updated = lambda: (
+            calls.__setitem__(0, calls[0] + 1)
+            or (task.learned.model[0].bias.data.fill_(float("nan")) if calls[0] == 12 else None)
+        )
+        return task
+
+    with pytest.raises(NonFiniteError, match="the loss became nan at step 13"):
+        run(1, tmp_path, make=make, checkpoint={"every_steps": 4, "background": False})
+    assert checkpoints(tmp_path) == ["step-00000004", "step-00000008"]
+    assert "checkpoint of step 12: 0.bias has values that are NaN or infinite" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from typing import Any
 from distloop.build.method import as_read
 from distloop.checkpoints import Checkpoint, Checkpoints, RunLock
 from distloop.config import Config
-from distloop.errors import ConfigError, DistloopError, StorageError, by_exit_code
+from distloop.errors import CheckpointError, ConfigError, DistloopError, StorageError, by_exit_code
 from distloop.messages import gather_json
 from distloop.settings import Resolved
 from distloop.transports import Transport
@@ -97,6 +97,7 @@ def _said(work: Any) -> tuple[RunDirectory | None, Any]:
         return None, None
     checkpoint = None if found.checkpoint is None else str(found.checkpoint.path)
     own = {"path": str(found.path), "run_id": found.run_id, "token": found.token, "checkpoint": checkpoint}
+    own["digest"] = None if found.checkpoint is None else found.checkpoint.digest
     return found, own
 
 
@@ -119,6 +120,8 @@ def _told(found: RunDirectory | None, said: Any, transport: Transport) -> RunDir
         )
     if told["checkpoint"] is not None and found.checkpoint is None:
         found.checkpoint = found.checkpoints.open(Path(told["checkpoint"]), contents=False)
+        if found.checkpoint.digest != told["digest"]:
+            raise CheckpointError(f"{told['checkpoint']}: rank {transport.rank} sees another one there than rank 0")
     return found
 
 
