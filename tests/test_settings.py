@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distloop.build.method import Method
-from distloop.build.place import write_configuration
+from distloop.build.run_directory import write_configuration
 from distloop.config import Config
 from distloop.errors import ConfigError
 from distloop.settings import from_arguments, from_environment, from_file, from_mapping, resolve
