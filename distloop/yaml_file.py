@@ -57,6 +57,8 @@ def parse_value(text: str, source: str) -> Any:
     if len(text.encode(errors="replace")) > LARGEST_FILE:
         raise ConfigError(f"{source}: is longer than {LARGEST_FILE // 2**10} KiB, which no value is")
     document = _Document(text, lambda line: source, hint=f"the value {shown(text)} is not valid YAML; quote it")
+    if document.value is None and text.strip() not in ("null", "Null", "NULL", "~"):
+        raise ConfigError(f"{source}: {shown(text)} holds no value; null says that there is none")
     if document.end < len(text.rstrip()):
         raise ConfigError(f"{source}: {shown(text)} has a comment in it, from the # on; quote it")
     return document.value
