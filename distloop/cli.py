@@ -241,10 +241,11 @@ def _of_the_task(resolved: Resolved) -> list[tuple[str, Any, str]]:
     """Return the arguments of the task that were not set, with their defaults."""
     import inspect
 
-    from distloop.tasks import TASKS, import_object
+    from distloop.tasks import check_options, find_task
 
-    task = resolved.config.task
-    make = import_object(TASKS.get(task.name, task.name), resolved.source("task.name"))
+    task, source = resolved.config.task, resolved.source("task.name")
+    make = find_task(task.name, source)
+    check_options(make, task.name, task.options, source, resolved.sources)
     return [
         (f"task.{name}", parameter.default, "default")
         for name, parameter in inspect.signature(make).parameters.items()

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Counts that a float holds too, magnitudes that fp32 holds, waits that the system's calls take: 24 days and a half.
+MOST, LARGEST, LONGEST_WAIT = 2**53, 3.4e38, 2e6
+Positive = Annotated[int, Field(ge=1, le=MOST)]
+NotNegative = Annotated[int, Field(ge=0, le=MOST)]
+Processes = Annotated[int, Field(ge=0, le=1024)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
+PositiveFloat = Annotated[float, Field(gt=0, le=LARGEST, allow_inf_nan=False)]
+NotNegativeFloat = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
+Wait = Annotated[float, Field(gt=0, le=LONGEST_WAIT, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 BelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+Name = Annotated[str, Field(min_length=1, max_length=500)]
+
+
+def _below(name: str) -> str:
+    """Return the name of a folder that is made in another, or refuse one that would lie elsewhere."""
+    path = PurePath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts or any(len(p.encode()) > 200 for p in path.parts):
+        raise ValueError("Should name a folder below log.directory, of at most 200 bytes")
+    return name
 
 
 class Section(BaseModel):
@@ -22,7 +38,7 @@ class TaskSection(BaseModel):
     """What is learned. Keys beside ``name`` are the arguments of the task's constructor."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
-    name: str = Field("digits", description="a supplied task (see docs/kinds.md) or my_package.my_module:MyTask")
+    name: Name = Field("digits", description="a supplied task (see docs/kinds.md) or my_package.my_module:MyTask")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -35,14 +51,14 @@ class DataSection(Section):
         None, description="most samples a rank runs at once; accumulation follows"
     )
     shuffle: bool = Field(True, description="a new order each epoch, from train.seed")
-    workers: NotNegative = Field(0, description="loader processes per rank (0: the rank reads itself)")
+    workers: Processes = Field(0, description="loader processes per rank (0: the rank reads itself)")
     prefetch: Positive = Field(2, description="batches that each loader process reads ahead")
     pin_memory: bool = Field(True, description="page-locked memory on the way to a GPU")
-    worker_timeout: PositiveFloat = Field(120.0, description="seconds after which a silent loader process is an error")
+    worker_timeout: Wait = Field(120.0, description="seconds after which a silent loader process is an error")
 
 
 class OptimizerSection(Section):
-    name: str = Field("adamw", description="sgd, rmsprop, adam, adamw, or package.module:Class")
+    name: Name = Field("adamw", description="sgd, rmsprop, adam, adamw, or package.module:Class")
     lr: PositiveFloat = Field(1e-3, description="base learning rate")
     momentum: BelowOne = Field(0.0, description="sgd, rmsprop")
     nesterov: bool = Field(False, description="sgd")
@@ -65,7 +81,9 @@ class ScheduleSection(Section):
     warmup_start: Fraction | None = Field(None, description="factor it starts at (default 0; 1/scale with lr_scaling)")
     final: Fraction = Field(0.0, description="linear, cosine: factor at the end")
     every: Positive = Field(1000, description="step: updates between two reductions")
-    gamma: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="step, plateau: factor of a reduction")
+    gamma: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
+        0.1, description="step, plateau: factor of a reduction"
+    )
     peak: Annotated[float, Field(gt=0, lt=1)] = Field(0.3, description="one_cycle: part of the updates that rise")
     start_div: PositiveFloat = Field(25.0, description="one_cycle: top over start")
     final_div: PositiveFloat = Field(1e4, description="one_cycle: start over end")
@@ -90,7 +108,7 @@ class PrecisionSection(Section):
 
 
 class StrategySection(Section):
-    name: str = Field(
+    name: Name = Field(
         "ddp", description="how gradients are collected: ddp, naive, ring, direct, auto, tree, zero_offload, deepspeed"
     )
     bucket_mb: PositiveFloat | None = Field(
@@ -139,7 +157,7 @@ class TrainSection(Section):
     deterministic: bool = Field(
         False, description="the same bits on any number of ranks up to train.leaves (strategy tree; one thread a rank)"
     )
-    leaves: Positive = Field(
+    leaves: Annotated[int, Field(ge=1, le=2**20)] = Field(
         8,
         description="deterministic: parts of a global batch whose gradients are added along one fixed tree; at least "
         "as many as ranks will ever take part",
@@ -153,7 +171,7 @@ class EvaluateSection(Section):
 
 
 class MonitorSection(Section):
-    metric: str | None = Field(None, description="which metric tells what is better (default: the first evaluated)")
+    metric: Name | None = Field(None, description="which metric tells what is better (default: the first evaluated)")
     mode: Literal["min", "max"] | None = Field(
         None, description="default: min for losses and errors by name, else max; shown at start"
     )
@@ -161,7 +179,7 @@ class MonitorSection(Section):
         None, description="stop early after more evaluations than this without a better"
     )
     min_delta: NotNegativeFloat = Field(0.0, description="least change that counts as better")
-    target: Annotated[float, Field(allow_inf_nan=False)] | None = Field(
+    target: Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)] | None = Field(
         None, description="stop as soon as the metric is this good"
     )
     keep_best: bool = Field(True, description="keep the best model and load it at the end")
@@ -184,22 +202,26 @@ class CheckpointSection(Section):
     keep_last: Positive = Field(3, description="how many stay, the newest")
     keep_every: Positive | None = Field(None, description="those of every so many steps stay too")
     background: bool = Field(True, description="write beside the training")
-    grace: PositiveFloat = Field(
+    grace: Wait = Field(
         30.0, description="seconds between a signal and the kill that follows; a save that takes longer is warned of"
     )
-    resume: str | None = Field(
+    resume: Annotated[str, Field(min_length=1, max_length=4000)] | None = Field(
         None, description="auto: go on in the run directory log.name if it is there; or the path of a run or checkpoint"
     )
 
 
 class LogSection(Section):
     every: Positive = Field(50, description="steps between two log lines")
-    directory: str = Field("runs", description="where run directories are made")
-    name: str | None = Field(None, description="of the run directory (default: task, date and time)")
+    directory: Annotated[str, Field(min_length=1, max_length=4000)] = Field(
+        "runs", description="where run directories are made"
+    )
+    name: Annotated[Name, AfterValidator(_below)] | None = Field(
+        None, description="of the run directory (default: task, date and time)"
+    )
     progress: bool | None = Field(None, description="progress bar (default: if the output is a terminal)")
     tensorboard: bool | None = Field(None, description="default: if tensorboardX is installed")
     picture: bool | None = Field(None, description="learning curves at the end (default: if matplotlib is installed)")
-    observers: list[str] = Field([], description="package.module:callable, called on rank 0 with every record")
+    observers: list[Name] = Field([], description="package.module:callable, called on rank 0 with every record")
 
 
 class LearnerSection(Section):
@@ -218,14 +240,12 @@ class WorldSection(Section):
         description="of gradients (auto: MPI under mpirun, else shared memory or sockets; ddp, deepspeed: by torch)",
     )
     shared_memory: bool = Field(True, description="whether ranks of one host may share memory")
-    timeout: PositiveFloat = Field(300.0, description="seconds after which a missing rank is an error")
-    heartbeat: NotNegativeFloat | None = Field(
+    timeout: Wait = Field(300.0, description="seconds after which a missing rank is an error")
+    heartbeat: Annotated[float, Field(ge=0, le=LONGEST_WAIT, allow_inf_nan=False)] | None = Field(
         None,
         description="seconds without a sign of life after which a rank is frozen (default 10, with GPUs 60; 0: never)",
     )
-    threads: Positive | None = Field(
-        None, description="torch threads per rank (default: this rank's part of the cores)"
-    )
+    threads: Threads | None = Field(None, description="torch threads per rank (default: this rank's part of the cores)")
 
 
 class Config(Section):

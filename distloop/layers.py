@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distloop.errors import ConfigError, nearest
+from distloop.values import brief, key_of
 
 LEARNERS = "learners"
 PER_LEARNER = ("optimizer", "schedule", "gradients")  # sections that a learner may have of its own
@@ -35,9 +36,11 @@ def divide(layer: Settings) -> tuple[Settings, dict[str, Settings]]:
         if dotted.partition(".")[0] != LEARNERS:
             general[dotted] = setting
             continue
-        for leaf, value in leaves(dotted, setting.value, depth=3 - dotted.count(".")):
+        for leaf, value in leaves(dotted, setting.value, depth=3 - dotted.count("."), source=setting.source):
             name, inner = learner_key(leaf, setting.source)
-            own.setdefault(name, {})[inner] = Setting(value, setting.source)
+            if inner in own.setdefault(name, {}):
+                raise ConfigError(f"{setting.source}: {leaf} is given twice, by {own[name][inner].source} too")
+            own[name][inner] = Setting(value, setting.source)
     return general, own
 
 
@@ -45,17 +48,20 @@ def learner_key(dotted: str, source: str) -> tuple[str, str]:
     """Return NAME and SECTION.KEY of ``learners.NAME.SECTION.KEY``, or refuse it."""
     _, *parts = dotted.split(".")
     section = parts[1] if len(parts) > 1 else PER_LEARNER[0]
+    for part in parts:
+        key_of(part, f"{source}: {LEARNERS}")
     if section not in PER_LEARNER:
         raise ConfigError(f"{source}: {dotted}: a learner has no section {section!r}{nearest(section, PER_LEARNER)}")
-    if len(parts) != 3:
-        raise ConfigError(f"{source}: {dotted}: must be like {LEARNERS}.{parts[0] if parts else 'NAME'}.optimizer.lr")
+    if len(parts) != 3 or not parts[0]:
+        name = parts[0] if parts and parts[0] else "NAME"
+        raise ConfigError(f"{source}: {brief(dotted)}: must be like {LEARNERS}.{name}.optimizer.lr")
     return parts[0], f"{section}.{parts[2]}"
 
 
-def leaves(dotted: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
+def leaves(dotted: str, value: Any, depth: int, source: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, value) of what lies in nested mappings, ``depth`` levels down at most."""
-    if depth == 0 or not isinstance(value, Mapping):
+    if depth <= 0 or not isinstance(value, Mapping):
         yield dotted, value
         return
     for key, inner in value.items():
-        yield from leaves(f"{dotted}.{key}", inner, depth - 1)
+        yield from leaves(f"{dotted}.{key_of(str(key), f'{source}: {dotted}')}", inner, depth - 1, source)

@@ -2,84 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distloop.errors import ConfigError, nearest
-from distloop.layers import LEARNERS, Setting, Settings, divide, learner_key, leaves
+from distloop.layers import LEARNERS, Setting, Settings, divide, learner_key
+from distloop.resolved import Resolved
+from distloop.values import LONGEST_KEY, brief, key_of, plain, shown
 from distloop.yaml_file import parse_value, read_sections
 
-if TYPE_CHECKING:
-    from distloop.config import Config
-
 PREFIX = "DISTLOOP_"
+MOST_SENTENCES = 10  # in one error
 
-
-@dataclass(frozen=True)
-class Resolved:
-    """A valid configuration and where its values came from (dotted keys that are missing are defaults)."""
-
-    config: Config
-    sources: Mapping[str, str]
-    layers: Mapping[str, int]  # which of the layers a value came from; the higher wins
-    learners: Mapping[str, Resolved] = field(default_factory=dict)  # where a learner has values of its own
-
-    def for_learner(self, name: str) -> Resolved:
-        """Return the configuration as it is for one learner."""
-        return self.learners.get(name, self)
-
-    def check_learners(self, names: Iterable[str]) -> None:
-        """Refuse what is said of a learner that does not exist."""
-        known = list(names)
-        for name in self.learners:
-            if name not in known:
-                dotted = next(key for key in self.sources if key.startswith(f"{LEARNERS}.{name}."))
-                raise self.error(dotted, f"the task has no learner {name!r}{nearest(name, known)}")
-
-    def rows(self) -> Iterator[tuple[str, Any, str]]:
-        """Yield (dotted key, value, source) for every value."""
-        for section, values in self.config.model_dump().items():
-            for dotted, value in leaves(section, values, depth=3 if section == LEARNERS else 1):
-                yield dotted, value, self.source(dotted)
-
-    def source(self, dotted: str) -> str:
-        """Return where a value came from."""
-        return self.sources.get(dotted, "default")
-
-    def error(self, dotted: str, message: str) -> ConfigError:
-        """Return an error about a value, with its source."""
-        return ConfigError(f"{self.source(dotted)}: {dotted}: {message}")
-
-    def choose(self, dotted: str, known: Iterable[str], otherwise: str = "") -> None:
-        """Refuse the name at ``dotted`` unless it is known."""
-        section, _, key = dotted.partition(".")
-        name = getattr(getattr(self.config, section), key)
-        if name not in (names := list(known)):
-            raise self.error(
-                dotted, f"unknown name {name!r}{nearest(name, names)}" + (f", {otherwise}" if otherwise else "")
-            )
-
-    def refuse_unread(self, section: str, method: str, read: Collection[str]) -> None:
-        """Refuse a key that was given although the chosen method does not read it.
-
-        What a file says beside one name does not count when a higher layer chooses another name.
-        """
-        chosen = self.layers.get(f"{section}.name", 0)
-        for dotted in self.sources:
-            head, _, key = dotted.partition(".")
-            if head != section or key in read or self.layers[dotted] < chosen:
-                continue
-            values = getattr(self.config, section)
-            if getattr(values, key) != type(values).model_fields[key].get_default():  # a default does no harm
-                raise self.error(dotted, f"{method} does not read it; it reads {', '.join(sorted(read))}")
-
-    def nested(self) -> dict[str, Any]:
-        """Return the configuration with JSON's types only."""
-        return self.config.model_dump(mode="json")
+__all__ = ["Resolved", "from_arguments", "from_environment", "from_file", "from_mapping", "resolve"]
 
 
 def resolve(*layers: Settings) -> Resolved:
@@ -124,18 +62,13 @@ def _resolve(layers: Sequence[Settings], learners: Mapping[str, Any] | None = No
     sections: dict[str, dict[str, Any]] = {LEARNERS: dict(learners or {})}
     for dotted, setting in merged.items():
         section, key = check_key(dotted, setting.source)
-        try:
-            json.dumps(setting.value)
-        except (TypeError, ValueError):
-            kind = type(setting.value).__name__
-            raise ConfigError(
-                f"{setting.source}: {dotted}: a {kind} is no number, text, list or mapping of such"
-            ) from None
-        sections.setdefault(section, {})[key] = setting.value
+        sections.setdefault(section, {})[key] = plain(setting.value, f"{setting.source}: {dotted}")
     try:
         config = Config.model_validate(sections)
     except ValidationError as failure:
-        raise ConfigError("\n".join(_sentences(failure, merged))) from None
+        said = list(_sentences(failure, merged))
+        more = [f"and {len(said) - MOST_SENTENCES} more"] if len(said) > MOST_SENTENCES else []
+        raise ConfigError("\n".join([*said[:MOST_SENTENCES], *more])) from None
     micro, whole = config.data.micro_batch_size, config.data.global_batch_size
     if micro is not None and micro > whole:
         source = merged["data.micro_batch_size"].source
@@ -171,9 +104,11 @@ def check_section(section: str, source: str, dotted: str = "") -> None:
     sections = Config.model_fields
     if section in sections:
         return
+    if len(section) > LONGEST_KEY:
+        raise ConfigError(f"{source}: unknown section {brief(section)!r}")
     elsewhere = [f"{name}.{section}" for name in sections if section in _keys(name)]
     hint = f" (did you mean {' or '.join(elsewhere)}?)" if elsewhere else nearest(section, sections)
-    raise ConfigError(f"{source}: {dotted or section}: unknown section {section!r}{hint}")
+    raise ConfigError(f"{source}: {brief(dotted or section)}: unknown section {brief(section)!r}{hint}")
 
 
 def check_key(dotted: str, source: str) -> tuple[str, str]:
@@ -186,8 +121,12 @@ def check_key(dotted: str, source: str) -> tuple[str, str]:
         if "." in key:
             name, inner = learner_key(dotted, source)
             check_key(inner, f"{source}: {LEARNERS}.{name}")
-    elif section != "task" and key not in _keys(section):
-        raise ConfigError(f"{source}: {dotted}: unknown key {key!r}{nearest(key, _keys(section))}")
+    elif section == "task":
+        if not key_of(key, f"{source}: task").isidentifier():
+            raise ConfigError(f"{source}: task.{key}: {key!r} cannot be the name of a task's argument")
+    elif key not in _keys(section):
+        hint = nearest(key[:LONGEST_KEY], _keys(section))
+        raise ConfigError(f"{source}: {section}.{brief(key)}: unknown key {brief(key)!r}{hint}")
     return section, key
 
 
@@ -200,9 +139,10 @@ def from_file(path: Path) -> Settings:
     settings: Settings = {}
     for section, keys in read_sections(path).items():
         if not keys:
-            check_section(section, str(path))
+            check_section(section, brief(str(path)))
         for key, (value, line) in keys.items():
-            settings[f"{section}.{key}"] = Setting(value, f"{path}:{line}")
+            check_section(section, f"{brief(str(path))}:{line}", f"{section}.{key}")
+            settings[f"{section}.{key}"] = Setting(value, f"{brief(str(path))}:{line}")
     return settings
 
 
@@ -211,15 +151,20 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
     env = os.environ if environment is None else environment
     settings: Settings = {}
     for name, text in env.items():
-        if name.startswith(PREFIX):
+        if name.upper().startswith(PREFIX):
+            source = f"environment {brief(name)}"
+            if not name.startswith(PREFIX):
+                raise ConfigError(f"{source}: settings are in capitals, as in DISTLOOP_OPTIMIZER__LR")
             if "__" not in name:
                 raise ConfigError(
-                    f"environment {name}: settings have two underscores between section and key, as in "
-                    "DISTLOOP_OPTIMIZER__LR"
+                    f"{source}: settings have two underscores between section and key, as in DISTLOOP_OPTIMIZER__LR"
                 )
             dotted = name[len(PREFIX) :].lower()
             dotted = dotted.replace("__", ".", 3 if dotted.startswith(f"{LEARNERS}__") else 1)
-            settings[dotted] = Setting(parse_value(text, name), f"environment {name}")
+            check_key(dotted, source)
+            if dotted in settings:
+                raise ConfigError(f"{source}: {dotted} is given twice, by {settings[dotted].source} too")
+            settings[dotted] = Setting(parse_value(text, source), source)
     return settings
 
 
@@ -235,10 +180,12 @@ def from_arguments(arguments: Sequence[str]) -> Settings:
         option = waiting.pop(0)
         name, equals, text = option.partition("=")
         if not name.startswith("--"):
-            raise ConfigError(f"command line: {option!r} is not expected here; settings look like --optimizer.lr 0.1")
+            raise ConfigError(
+                f"command line: {shown(option)} is not expected here; settings look like --optimizer.lr 0.1"
+            )
         if not equals:
-            if not waiting:
-                raise ConfigError(f"command line: {name} has no value; settings look like --optimizer.lr 0.1")
+            if not waiting or waiting[0].startswith("--"):
+                raise ConfigError(f"command line: {brief(name)} has no value; settings look like --optimizer.lr 0.1")
             text = waiting.pop(0)
         parts = name[2:].split(".")
         named = 1 if parts[0] == LEARNERS else None  # a learner is called as its task calls it
@@ -246,7 +193,7 @@ def from_arguments(arguments: Sequence[str]) -> Settings:
         check_key(dotted, "command line")
         if dotted in settings:
             raise ConfigError(f"command line: --{dotted} is given twice")
-        settings[dotted] = Setting(parse_value(text, name), f"command line --{dotted}")
+        settings[dotted] = Setting(parse_value(text, f"command line --{dotted}"), f"command line --{dotted}")
     return settings
 
 
@@ -254,18 +201,16 @@ def from_mapping(sections: Mapping[str, Any], source: str = "argument") -> Setti
     """Read what a Python caller passes as sections of keys."""
     settings: Settings = {}
     for section, keys in sections.items():
+        name = str(section)
         if not isinstance(keys, Mapping):
-            check_section(section, source)
-            raise ConfigError(f"{source}: {section}: must be a mapping of keys, not {keys!r}")
-        settings |= {f"{section}.{key}": Setting(_as_in_a_file(v), f"{source} {section}") for key, v in keys.items()}
+            check_section(name, source)
+            raise ConfigError(f"{source}: {name}: must be a mapping of keys, not {shown(keys)}")
+        for key, value in keys.items():
+            if not isinstance(key, str):
+                raise ConfigError(f"{source} {name}: {shown(key)}: a key must be text")
+            check_section(name, source, f"{name}.{key}")
+            settings[f"{name}.{key_of(key, f'{source} {name}')}"] = Setting(value, f"{source} {name}")
     return settings
-
-
-def _as_in_a_file(value: Any) -> Any:
-    """Return what a file would say for a Python value: lists for tuples, text for paths."""
-    if isinstance(value, tuple | list):
-        return [_as_in_a_file(item) for item in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _keys(section: str) -> list[str]:
@@ -280,13 +225,17 @@ def _first(section: str) -> str:
 
 
 def _sentences(failure: Any, merged: Settings) -> Iterator[str]:
+    said = set()
     for error in failure.errors():
         dotted = ".".join(str(part) for part in error["loc"][:2])
+        if dotted in said:  # one wrong item of a list tells enough
+            continue
+        said.add(dotted)
         setting = merged.get(dotted)
         source = setting.source if setting else "default"
-        shown = error["input"]
-        yield f"{source}: {dotted}: {shown!r} is wrong: {_lower(error['msg'])}"
+        yield f"{source}: {dotted}: {shown(error['input'])} is wrong: {_lower(error['msg'])}"
 
 
 def _lower(message: str) -> str:
-    return message.removeprefix("Input ")[:1].lower() + message.removeprefix("Input ")[1:]
+    text = message.removeprefix("Input ").removeprefix("Value error, ")
+    return text[:1].lower() + text[1:]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distloop.errors import ConfigError, nearest
+from distloop.values import brief, shown
 
 if TYPE_CHECKING:
     from distloop.settings import Resolved
@@ -18,17 +20,30 @@ def resumed(target: str | None, resume: str | None, arguments: list[str]) -> tup
         arguments = [target, *arguments]  # the first setting, where there is no target
         target = None
     if resume is not None:
-        arguments = [*arguments, "--checkpoint.resume", resume]
+        arguments = [*arguments, f"--checkpoint.resume={_quoted(resume)}"]
     if target is not None:
         return target, arguments
     if resume is None or resume == "auto":
         raise ConfigError("command line: TARGET is missing: what is to be trained? (--resume PATH knows it by itself)")
     path = Path(resume)
     run = path.parent.parent if path.parent.name == "checkpoints" else path
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"command line --resume: {resume}: is no run directory: it has no config.yaml")
-    arguments = ["--log.directory", str(run.parent), "--log.name", run.name, *arguments]
+    if not _is(run / "config.yaml"):
+        raise ConfigError(f"command line --resume: {brief(resume)}: is no run directory: it has no config.yaml")
+    where = [f"--log.directory={_quoted(str(run.parent))}", f"--log.name={_quoted(run.name)}"]
+    arguments = [*where, *arguments]
     return str(run / "config.yaml"), arguments
+
+
+def _quoted(text: str) -> str:
+    """Return what stands for a text in YAML, whatever it looks like: a run may be called 2024, or "a #1"."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _is(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long a name, or a folder that may not be looked into
+        return False
 
 
 def resolve(target: str, arguments: list[str]) -> Resolved:
@@ -39,10 +54,12 @@ def resolve(target: str, arguments: list[str]) -> Resolved:
 
     sys.path.insert(0, str(Path.cwd()))  # a task of the user's own is looked for in the current folder
     if target.startswith("-"):
-        raise ConfigError(f"command line: {target} stands where TARGET should: settings come behind it")
-    if not Path(target).exists() and not Path(target).suffix and ":" not in target and target not in TASKS:
-        raise ConfigError(f"command line: {target!r} is neither a file nor a supplied task{nearest(target, TASKS)}")
-    if target in TASKS or (":" in target and not Path(target).exists()):
+        raise ConfigError(f"command line: {brief(target)} stands where TARGET should: settings come behind it")
+    if not _is(Path(target)) and not Path(target).suffix and ":" not in target and target not in TASKS:
+        raise ConfigError(
+            f"command line: {shown(target)} is neither a file nor a supplied task{nearest(target, TASKS)}"
+        )
+    if target in TASKS or (":" in target and not _is(Path(target))):
         base = {"task.name": Setting(target, "command line")}
     else:
         base = settings.from_file(Path(target))

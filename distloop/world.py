@@ -36,6 +36,8 @@ LAUNCHERS = (
     Launcher("MPICH", "PMI_RANK", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     Launcher("Slurm", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", ""),
 )
+TASKS = "SLURM_STEP_TASKS_PER_NODE"
+LONGEST = 9  # digits
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class World:
         """
         env = os.environ if environment is None else environment
         for launcher in LAUNCHERS:
-            if launcher.marker in env or (launcher.name == "torchrun" and launcher.size in env):
+            # One that says how many ranks there are, and not which this is, would have each of them train alone.
+            if launcher.marker in env or (launcher.marker == launcher.rank and launcher.size in env):
                 return cls._from_launcher(launcher, env)
         return cls()
 
@@ -76,47 +79,60 @@ class World:
     def _from_launcher(cls, launcher: Launcher, env: Mapping[str, str]) -> World:
         rank = _number(env, launcher, launcher.rank, least=0)
         size = _number(env, launcher, launcher.size, least=1)
-        tasks, task = _slurm_tasks(env), env.get("SLURM_LOCALID", "")
-        known = launcher.local_rank in env and (launcher.local_size in env or tasks is not None)
-        if known:
-            local_rank = _number(env, launcher, launcher.local_rank, least=0)
-            local_size = _number(env, launcher, launcher.local_size, least=1, default=tasks)
-        elif tasks is not None and task.isdigit():
-            local_rank, local_size, known = int(task), tasks, True
-        else:
-            local_rank, local_size = rank, size  # one host, for all that is said
-        if rank >= size:
+        _refuse_outside(launcher, (launcher.rank, rank), (launcher.size, size), "world")
+        local, among = launcher.local_rank, launcher.local_size
+        local_rank, local_size = (_number(env, launcher, n, least=0) if n in env else None for n in (local, among))
+        if local_size is None and (tasks := _slurm_tasks(env, launcher)) is not None:
+            local_size, among = tasks, TASKS
+            if local_rank is None and "SLURM_LOCALID" in env:
+                local_rank, local = _number(env, launcher, "SLURM_LOCALID", least=0), "SLURM_LOCALID"
+        if local_size is not None and not 1 <= local_size <= size:
             raise WorldError(
-                f"{launcher.rank}={rank} (set by {launcher.name}) is outside the world: "
-                f"{launcher.size}={size} allows ranks 0 to {size - 1}"
+                f"{among}={local_size} (set by {launcher.name}) cannot be: a host has at least 1 rank, and at most all "
+                f"of the world, {launcher.size}={size}"
             )
-        if local_rank >= local_size:
-            raise WorldError(
-                f"{launcher.local_rank}={local_rank} (set by {launcher.name}) is outside the host: "
-                f"{launcher.local_size}={local_size} allows local ranks 0 to {local_size - 1}"
-            )
-        return cls(rank, size, local_rank, local_size, launcher.name, known)
+        if local_rank is None or local_size is None:
+            return cls(rank, size, rank, size, launcher.name, False)  # one host, for all that is said
+        _refuse_outside(launcher, (local, local_rank), (among, local_size), "host")
+        return cls(rank, size, local_rank, local_size, launcher.name, True)
 
 
-def _slurm_tasks(env: Mapping[str, str]) -> int | None:
-    """Return the number of tasks on this node of a Slurm step: ``SLURM_STEP_TASKS_PER_NODE`` is like ``3(x2),1``."""
-    counts: list[int] = []
-    for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "")):
-        counts += [int(tasks)] * int(times or 1)
-    node = env.get("SLURM_NODEID", "")
-    return counts[int(node)] if node.isdigit() and int(node) < len(counts) else None
+def _refuse_outside(launcher: Launcher, rank: tuple[str, int], size: tuple[str, int], what: str) -> None:
+    if rank[1] >= size[1]:
+        allowed = f"{'local ' if what == 'host' else ''}ranks 0 to {size[1] - 1}"
+        raise WorldError(
+            f"{rank[0]}={rank[1]} (set by {launcher.name}) is outside the {what}: {size[0]}={size[1]} allows {allowed}"
+        )
 
 
-def _number(env: Mapping[str, str], launcher: Launcher, name: str, *, least: int, default: int | None = None) -> int:
+def _slurm_tasks(env: Mapping[str, str], launcher: Launcher) -> int | None:
+    """Return the number of tasks on this node of a Slurm step, whose ``TASKS`` are like ``3(x2),1``, if it is one."""
+    if TASKS not in env or "SLURM_NODEID" not in env:
+        return None
+    node, first = _number(env, launcher, "SLURM_NODEID", least=0), 0
+    for part in env[TASKS].split(","):
+        found = re.fullmatch(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?", part)
+        if found is None:
+            raise WorldError(f"environment variable {TASKS}={_shown(env[TASKS])} is not like 3(x2),1")
+        first += int(found[2] or 1)
+        if node < first:
+            return int(found[1])
+    raise WorldError(f"SLURM_NODEID={node} is outside the {first} nodes of {TASKS}={_shown(env[TASKS])}")
+
+
+def _number(env: Mapping[str, str], launcher: Launcher, name: str, *, least: int) -> int:
     text = env.get(name)
     if text is None:
-        if default is not None:
-            return default
         raise WorldError(f"environment variable {name} is missing: {launcher.name} sets it for every rank")
-    try:
-        value = int(text)
-    except ValueError:
-        raise WorldError(f"environment variable {name}={text!r} is not a whole number") from None
-    if value < least:
+    if re.fullmatch(r"-?[0-9]+", text, re.ASCII) is None:
+        raise WorldError(f"environment variable {name}={_shown(text)} is not a whole number")
+    if text.startswith("-") or len(text.lstrip("0")) > LONGEST:
+        what = "small: it must be at least {least}" if text.startswith("-") else "large"
+        raise WorldError(f"environment variable {name}={_shown(text)[1:-1]} is too {what.format(least=least)}")
+    if (value := int(text.lstrip("0") or "0")) < least:
         raise WorldError(f"environment variable {name}={value} is too small: it must be at least {least}")
     return value
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:60]}...")

@@ -43,7 +43,7 @@ FLOORS = [
     ["keeper"],
     ["session"],
     ["observers", "tasks"],
-    ["yaml_file", "layers", "config", "settings"],
+    ["values", "yaml_file", "layers", "resolved", "config", "settings"],
     ["build"],
     ["api", "failure", "last_words", "plot", "checkpoint_cli", "targets"],
     ["cli", "__main__", "__init__"],

@@ -15,6 +15,7 @@ from distloop.build.differences import compare
 from distloop.build.evaluating import describe_monitor, make_evaluation
 from distloop.build.facts import facts
 from distloop.build.feeding import Fed
+from distloop.build.idle import idle
 from distloop.build.keeping import make_keeper, resumed_facts
 from distloop.build.length import epochs_of, steps_of
 from distloop.build.method import Method
@@ -62,11 +63,13 @@ def check(resolved: Resolved) -> None:
     """
     resolved.choose("strategy.name", STRATEGIES)
     name = resolved.config.strategy.name
-    for one in (resolved, *resolved.learners.values()):
-        method = Method(one)
+    for learner in (resolved, *resolved.learners.values()):
+        method = Method(learner)
         if cuts_parameters(name):
             method.refuse_whole_parameters(name)
     resolved.refuse_unread("strategy", name, {"name"} | options_of(name))
+    for one in idle(resolved.config):
+        resolved.refuse_idle(one.key, one.chooser, one.reader)
     if resolved.config.precision.weights == "half":
         if not has_copies(name):
             raise resolved.error("precision.weights", f"{name} has no fp32 copies of half-precision weights")

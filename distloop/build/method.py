@@ -12,10 +12,11 @@ from torch import nn
 
 from distloop import optimizer as optimizers
 from distloop import schedules, transforms
+from distloop.build.idle import idle
 from distloop.config import OptimizerSection, ScheduleSection
 from distloop.layers import LEARNERS, PER_LEARNER
 from distloop.settings import Resolved
-from distloop.strategies import Recipe
+from distloop.strategies import STRATEGIES, Recipe, options_of
 from distloop.tasks import import_object
 
 # Which keys each method reads, beside the common ones; another method's key is refused where it is given.
@@ -198,8 +199,14 @@ def _read_keys(resolved: Resolved) -> dict[str, Any]:
         "optimizer": EVERY_OPTIMIZER | OPTIMIZERS.get(optimizer, {"options"}),
         "schedule": EVERY_SCHEDULE | SCHEDULES[schedule],
     }
+    strategy = sections["strategy"]["name"]
+    if strategy in STRATEGIES:
+        read["strategy"] = {"name"} | options_of(strategy)
     for section, keys in read.items():
         sections[section] = {key: value for key, value in sections[section].items() if key in keys}
+    for one in idle(resolved.config):
+        section, _, key = one.key.partition(".")
+        del sections[section][key]
     return sections
 
 

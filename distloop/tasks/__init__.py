@@ -64,19 +64,8 @@ def make_task(name: str, options: Mapping[str, Any], source: str, sources: Mappi
         ConfigError: the task is unknown, does not take an option, or lacks what a task must have; ``source`` says where
             its name came from.
     """
-    if name not in TASKS and ":" not in name:
-        raise ConfigError(f"{source}: task.name: unknown task {name!r}{nearest(name, TASKS)}, or package.module:Class")
-    make = import_object(TASKS.get(name, name), f"{source}: task.name")
-    known = inspect.signature(make).parameters
-    anything = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    for option in options:
-        if option not in known and not anything:
-            given = (sources or {}).get(f"task.{option}", source)
-            raise ConfigError(f"{given}: task.{option}: {name} takes no {option!r}{nearest(option, known)}")
-    for key, parameter in known.items():
-        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        if parameter.default is parameter.empty and not variadic and key not in options:
-            raise ConfigError(f"{source}: task.{key}: {name} needs a value for it")
+    make = find_task(name, source)
+    check_options(make, name, options, source, sources)
     try:
         task = make(**options)
     except ConfigError as failure:
@@ -91,6 +80,33 @@ def make_task(name: str, options: Mapping[str, Any], source: str, sources: Mappi
         raise ConfigError(f"{source}: task {name} cannot be made: {reason}; --traceback shows where") from failure
     check_task(task, source)
     return task
+
+
+def find_task(name: str, source: str) -> Any:
+    """Return what makes a task, by the name of a supplied one or as package.module:Class.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in TASKS and ":" not in name:
+        raise ConfigError(f"{source}: task.name: unknown task {name!r}{nearest(name, TASKS)}, or package.module:Class")
+    return import_object(TASKS.get(name, name), f"{source}: task.name")
+
+
+def check_options(
+    make: Any, name: str, options: Mapping[str, Any], source: str, sources: Mapping[str, str] | None = None
+) -> None:
+    """Refuse options that what makes a task does not take, and their lack where it needs them."""
+    known = inspect.signature(make).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    for option in options:
+        if option not in known and not anything:
+            given = (sources or {}).get(f"task.{option}", source)
+            raise ConfigError(f"{given}: task.{option}: {name} takes no {option!r}{nearest(option, known)}")
+    for key, parameter in known.items():
+        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if parameter.default is parameter.empty and not variadic and key not in options:
+            raise ConfigError(f"{source}: task.{key}: {name} needs a value for it")
 
 
 def _check_callable(holder: Any, names: Sequence[str], what: str) -> None:
