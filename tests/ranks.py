@@ -14,7 +14,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,80 @@ def script(arguments: list[str]) -> None:
     runpy.run_path(arguments[0], run_name="__main__")
 
 
+class Job:
+    """``distloop ARGUMENTS`` in ``folder``, as one process or as ranks of one world, under way.
+
+    With ``main=script`` it is ``python ARGUMENTS``.
+    """
+
+    def __init__(
+        self,
+        *arguments: str,
+        folder: Path,
+        ranks: int = 1,
+        main: Callable[[list[str]], None] = command,
+        **variables: str,
+    ):
+        world: list[dict[str, str]] = [{}]
+        if ranks > 1:
+            # As under torchrun, the store outlives every rank.
+            self._store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port)}
+            world = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+        self._outputs = [(folder / f".out{rank}", folder / f".err{rank}") for rank in range(ranks)]
+        for path in (path for pair in self._outputs for path in pair):
+            path.unlink(missing_ok=True)
+        self.processes = [
+            _CONTEXT.Process(target=_run, args=(main, arguments, str(folder), own | variables, str(out), str(err)))
+            for own, (out, err) in zip(world, self._outputs, strict=True)
+        ]
+        for process in self.processes:
+            process.start()
+        self._ended = [0.0] * ranks
+
+    def wait(self, seconds: float, ranks: Iterable[int] | None = None) -> bool:
+        """Return whether these ranks, or all, have ended, within so many seconds."""
+        chosen = range(len(self.processes)) if ranks is None else ranks
+        waiting = {self.processes[rank].sentinel: rank for rank in chosen if not self._ended[rank]}
+        deadline = time.monotonic() + seconds
+        while waiting and (
+            ready := multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+        ):
+            for sentinel in ready:
+                self._ended[waiting.pop(sentinel)] = time.time()
+        return not waiting
+
+    def running(self) -> list[int]:
+        """Return the ranks that have not ended."""
+        self.wait(0)
+        return [rank for rank, ended in enumerate(self._ended) if not ended]
+
+    def send(self, rank: int, number: int) -> None:
+        """Send a rank a signal, if it has not ended."""
+        pid = self.processes[rank].pid
+        if pid is not None and self.processes[rank].exitcode is None:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def end(self) -> list[Ended]:
+        """Kill who has not ended; return how each rank ended."""
+        self.wait(0)
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+        return [
+            Ended(
+                process.exitcode or 0,
+                out.read_text() if out.exists() else "",
+                err.read_text() if err.exists() else "",
+                ended,
+            )
+            for process, (out, err), ended in zip(self.processes, self._outputs, self._ended, strict=True)
+        ]
+
+
 def run_command(
     *arguments: str,
     folder: Path,
@@ -202,35 +277,9 @@ def run_command(
 
     Rank ``stays`` is not waited for, and killed in the end. With ``main=script`` it is ``python ARGUMENTS``.
     """
-    world: list[dict[str, str]] = [{}]
-    if ranks > 1:
-        # As under torchrun, the store outlives every rank.
-        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-        world = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    outputs = [(folder / f".out{rank}", folder / f".err{rank}") for rank in range(ranks)]
-    processes = [
-        _CONTEXT.Process(target=_run, args=(main, arguments, str(folder), own | variables, str(out), str(err)))
-        for own, (out, err) in zip(world, outputs, strict=True)
-    ]
-    for process in processes:
-        process.start()
-    ended = dict.fromkeys(processes, 0.0)
-    waiting = {process.sentinel: process for rank, process in enumerate(processes) if rank != stays}
-    deadline = time.monotonic() + seconds
-    while waiting and (ready := multiprocessing.connection.wait(list(waiting), deadline - time.monotonic())):
-        for sentinel in ready:
-            ended[waiting.pop(sentinel)] = time.time()
-    for process in processes:
-        process.join(0 if ended[process] == 0.0 else None)
-        if process.is_alive():
-            process.kill()
-            process.join()
-    return [
-        Ended(process.exitcode or 0, out.read_text(), err.read_text(), ended[process])
-        for process, (out, err) in zip(processes, outputs, strict=True)
-    ]
+    job = Job(*arguments, folder=folder, ranks=ranks, main=main, **variables)
+    job.wait(seconds, [rank for rank in range(ranks) if rank != stays])
+    return job.end()
 
 
 def _run(

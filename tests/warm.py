@@ -8,6 +8,7 @@ import pytest.__main__  # noqa: F401  # the main module of whoever runs the test
 
 # What torch imports when a model is first wrapped or trained: up to two seconds a rank.
 import torch._dynamo
+import torch._inductor  # by deterministic algorithms
 import torch.distributed.algorithms.join
 import torch.distributed.fsdp
 import torch.distributed.tensor
