@@ -205,12 +205,14 @@ def test_ranks_end_with_their_launcher(tmp_path: Path, ranks: int) -> None:
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_form_anew(tmp_path: Path) -> None:
+def test_torchrun_restarts_form_anew_and_go_on(tmp_path: Path) -> None:
     variables = {"FAULT": "kill", "FAULT_RANK": "1", "FAULT_ATTEMPTS": "1"}
     task = ("-m", "distloop", "train", "tests.faulty_tasks:Faulty", *QUIET, "--train.epochs", "3")
+    task += ("--checkpoint.every_steps", "2")
     with torchrun(tmp_path, "--max-restarts", "1", *task, **variables) as launcher:
         code = launcher.wait(100)
     out = (tmp_path / "out").read_text()
     assert code == 0, out
     assert "rank 1 was killed by signal 9" in out
-    assert json.loads((tmp_path / "runs/run-2/result.json").read_text())["steps"] == 12, out
+    assert "resumed       from step 4, of 2 ranks" in out, "nobody has told it to"
+    assert json.loads((tmp_path / "runs/run/result.json").read_text())["steps"] == 12, out
