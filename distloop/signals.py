@@ -28,7 +28,9 @@ class Terminated(SystemExit):
 class Caught:
     """While entered, the first signal that asks for a stop calls ``ask`` with its number, and the second one ends.
 
-    SIGUSR1 and SIGUSR2 ask, and never end. Without ``ask`` the first one ends. Does nothing in threads other than the
+    SIGUSR1 and SIGUSR2 ask, and never end. Without ``ask`` the first one ends; but once another that asks was entered
+    within and has ended well, what the process was to do is done: a signal that comes too late for that is borne, or
+    it would end one rank otherwise than the others, and the second one ends. Does nothing in threads other than the
     main one: whoever owns the process owns its signals.
 
     Args:
@@ -39,7 +41,8 @@ class Caught:
     def __init__(self, ask: Callable[[int], None] | None, patience: float = PATIENCE):
         self._ask, self._patience = ask, patience
         self._before: dict[int, object] = {}
-        self._orders = 0 if ask is not None else 1  # that the main thread has seen
+        self._orders = self._orders_told = 0 if ask is not None else 1  # that the main thread has seen, and the other
+        self._bears = False
         self._pipe: tuple[int, int] | None = None
         self._wakeup_before = -1
         self._thread: threading.Thread | None = None
@@ -66,7 +69,11 @@ class Caught:
     ) -> None:
         if self._pipe is None:
             return
+        if self._bears and kind is not None and issubclass(kind, SystemExit):
+            return  # to the end of the process
         _entered.remove(self)
+        if self._ask is not None and kind is None and _entered:
+            self._before |= _entered[-1]._bear({number: self._before[number] for number in ASKING})
         signal.set_wakeup_fd(self._wakeup_before, warn_on_full_buffer=False)
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
@@ -77,6 +84,12 @@ class Caught:
         if self._last is not None:
             self._last.cancel()  # the main thread has come here, so it does not hang
         self._close()
+
+    def _bear(self, before: dict[int, object]) -> dict[int, object]:
+        """Let the first signal from now on do nothing; take over some, and return what is to handle those."""
+        self._orders, self._orders_told, self._bears = 0, 0, True
+        self._before = before | self._before
+        return dict.fromkeys(before, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number in ENDING:
@@ -92,13 +105,12 @@ class Caught:
 
     def _watch(self, pipe: int) -> None:
         """Read the numbers of signals; after the order, end the process unless it ends by itself."""
-        orders = 0 if self._ask is not None else 1
         while True:
             for number in os.read(pipe, 64):
                 if number == 0:
                     return
-                orders += number in ENDING
-                if orders > 1 and number in ENDING:
+                self._orders_told += number in ENDING
+                if self._orders_told > 1 and number in ENDING:
                     self._last = threading.Timer(self._patience, leave, (128 + number,))
                     self._last.daemon = True
                     self._last.start()

@@ -127,23 +127,27 @@ class Kill(Harm):
 
 
 class Signal(Harm):
-    """A signal that asks for a stop, to all ranks, one, or all at moments of their own."""
+    """A signal that asks for a stop: to all ranks, one, or all at moments of their own, if need be the last one."""
 
     moments: ClassVar = {"start": 1, "training": 3, "save": 2, "evaluation": 2}
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
     def do(self, under: Under) -> None:
         chance, job, ranks = self._chance, under.job, list(range(under.attempt.world))
-        number, way = chance.choice(self.numbers), chance.choice(["all", "one", "skewed"])
+        number, way = chance.choice(self.numbers), chance.choice(["all", "one", "skewed", "late"])
         delays = {rank: chance.uniform(0, 0.3) if way == "skewed" else 0.0 for rank in ranks}
-        if way == "one":
+        if way in ("one", "late"):
             delays = {chance.choice(ranks): 0.0}
         trains = under.trains()
-        under.attempt.told |= {"signal": number.name, "delays": delays, "trains": trains}
+        under.attempt.told |= {"signal": number.name, "way": way, "delays": delays, "trains": trains}
         begun = time.monotonic() - under.attempt.launched
         for rank in sorted(delays, key=lambda rank: delays[rank]):
             under.until(begun + delays[rank])
             job.send(rank, number)
+        if way == "late" and trains:  # the others when the first has ended, as torchrun does
+            under.until(0.0, lambda: bool(under.codes()))
+            for rank in set(under.job.running()) - set(delays):
+                job.send(rank, number)
         if not trains:  # a rank that is ended before it can stop takes others along, by its launcher
             under.until(0.0, lambda: bool(set(under.codes()) - {0, REQUEUE}))
             if set(under.codes()) - {0, REQUEUE}:

@@ -111,6 +111,48 @@ def test_handlers_and_what_wakes_up_are_restored() -> None:
     assert signal.set_wakeup_fd(-1) == -1
 
 
+# A run within the command, both as the command line has them; the process ends with the code of the run.
+LATE = """
+import signal, sys
+from distloop.signals import Caught
+with Caught(None):
+    with Caught(print):
+        pass
+    for number in {numbers}:
+        signal.raise_signal(number)
+    print("borne", flush=True)
+    sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize(
+    ("numbers", "code"),
+    [(["INT"], 75), (["TERM"], 75), (["USR1"], 75), (["USR2", "USR1", "TERM"], 75), (["TERM", "TERM"], 143)],
+)
+def test_a_signal_that_comes_when_a_run_has_ended_is_borne_and_a_second_ends(numbers: list[str], code: int) -> None:
+    signals = [int(signal.Signals[f"SIG{name}"]) for name in numbers]
+    with started("-c", LATE.format(numbers=signals)) as process:
+        assert process.wait(10) == code
+        assert process.communicate() == ("borne\n" if code == 75 else "", "")
+
+
+AT_THE_END = """
+import atexit, os, signal, sys
+from distloop.signals import Caught
+atexit.register(os.kill, os.getpid(), signal.SIGTERM)
+with Caught(None):
+    with Caught(print):
+        pass
+    sys.exit(75)
+"""
+
+
+def test_a_signal_while_the_interpreter_ends_is_borne() -> None:
+    with started("-c", AT_THE_END) as process:
+        assert process.wait(10) == 75
+        assert process.communicate() == ("", "")
+
+
 def test_a_forked_worker_shares_no_pipe_and_outlives_a_ctrl_c() -> None:
     asked: list[int] = []
     with Caught(asked.append) as caught:

@@ -119,7 +119,7 @@ class DeepSpeed(Strategy):
 
         All ranks must take all of them, between two steps.
         """
-        return self._state.read()
+        return self._state.read(self._updates)
 
     def counters(self) -> dict[str, float]:
         """Return what goes with :meth:`exported` and belongs to no parameter."""

@@ -31,13 +31,18 @@ class State:
         self._counts = recipe.optimizer != "sgd"
         self._flat: list[Tensor] = next(getattr(self._zero, name) for name in FLAT if hasattr(self._zero, name))
 
-    def read(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Yield each parameter's name, with its values in fp32 and the optimizer's state for it: one at a time."""
+    def read(self, updates: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Yield each parameter's name, with its values in fp32 and the optimizer's state for it: one at a time.
+
+        After so many updates, which optimizers that count have a counter of, as those of other strategies do.
+        """
         self._prepare()
         for name, parameter in self._parameters.items():
             found = {VALUES: self._tools.safe_get_full_fp32_param(parameter)}
             for key in self._keys:
                 found[key] = self._tools.safe_get_full_optimizer_state(parameter, key)
+            if self._counts:
+                found["step"] = torch.tensor(float(updates))
             yield name, {key: tensor.detach().clone() for key, tensor in found.items()}
 
     @torch.no_grad()
