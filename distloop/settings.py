@@ -6,13 +6,16 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distloop.errors import ConfigError, nearest
 from distloop.layers import LEARNERS, Setting, Settings, divide, learner_key
 from distloop.resolved import Resolved
 from distloop.values import LONGEST_KEY, brief, key_of, plain, shown
 from distloop.yaml_file import parse_value, read_sections
+
+if TYPE_CHECKING:
+    from distloop.config import Config
 
 PREFIX = "DISTLOOP_"
 MOST_SENTENCES = 10  # in one error
@@ -50,25 +53,16 @@ def _named(name: str, by_learner: Mapping[str, Settings]) -> Settings:
 
 def _resolve(layers: Sequence[Settings], learners: Mapping[str, Any] | None = None) -> Resolved:
     """Merge and check layers that say nothing of single learners."""
-    from pydantic import ValidationError
-
-    from distloop.config import Config
-
     merged: Settings = {}
     heights: dict[str, int] = {}
     for height, layer in enumerate(layers):
         merged |= layer
         heights |= dict.fromkeys(layer, height)
-    sections: dict[str, dict[str, Any]] = {LEARNERS: dict(learners or {})}
-    for dotted, setting in merged.items():
-        section, key = check_key(dotted, setting.source)
-        sections.setdefault(section, {})[key] = plain(setting.value, f"{setting.source}: {dotted}")
-    try:
-        config = Config.model_validate(sections)
-    except ValidationError as failure:
-        said = list(_sentences(failure, merged))
-        more = [f"and {len(said) - MOST_SENTENCES} more"] if len(said) > MOST_SENTENCES else []
-        raise ConfigError("\n".join([*said[:MOST_SENTENCES], *more])) from None
+    for layer in layers:  # what a higher layer overrules is wrong all the same where it is wrong
+        hidden = {dotted: setting for dotted, setting in layer.items() if merged[dotted] is not setting}
+        if hidden:
+            _validated(hidden)
+    config = _validated(merged, learners)
     micro, whole = config.data.micro_batch_size, config.data.global_batch_size
     if micro is not None and micro > whole:
         source = merged["data.micro_batch_size"].source
@@ -76,6 +70,24 @@ def _resolve(layers: Sequence[Settings], learners: Mapping[str, Any] | None = No
             f"{source}: data.micro_batch_size: {micro} is more than data.global_batch_size, which is {whole}"
         )
     return _settled(Resolved(config, {dotted: setting.source for dotted, setting in merged.items()}, heights))
+
+
+def _validated(settings: Settings, learners: Mapping[str, Any] | None = None) -> Config:
+    """Return what settings come to, or refuse those whose keys or values are wrong."""
+    from pydantic import ValidationError
+
+    from distloop.config import Config
+
+    sections: dict[str, dict[str, Any]] = {LEARNERS: dict(learners or {})}
+    for dotted, setting in settings.items():
+        section, key = check_key(dotted, setting.source)
+        sections.setdefault(section, {})[key] = plain(setting.value, f"{setting.source}: {dotted}")
+    try:
+        return Config.model_validate(sections)
+    except ValidationError as failure:
+        said = list(_sentences(failure, settings))
+        more = [f"and {len(said) - MOST_SENTENCES} more"] if len(said) > MOST_SENTENCES else []
+        raise ConfigError("\n".join([*said[:MOST_SENTENCES], *more])) from None
 
 
 def _settled(resolved: Resolved) -> Resolved:

@@ -83,6 +83,10 @@ def _reason(failure: Exception) -> str:
     return getattr(failure, "strerror", None) or str(failure)
 
 
+def _dotted(path: tuple[str, ...]) -> str:
+    return f"{brief('.'.join(path[:2]))}: " if path else ""
+
+
 def _kind(value: Any) -> str:
     return "a list" if isinstance(value, list) else f"only {shown(value)}"
 
@@ -143,7 +147,7 @@ class _Document:
             raise self._error(event, f"nesting deeper than {DEEPEST} levels is not allowed in a configuration")
         kind = type(event).__name__
         if kind == "ScalarEvent":
-            value: Any = self._scalar(event)
+            value: Any = self._scalar(event, path)
         elif kind == "SequenceStartEvent":
             value = []
             while type(event := self._next()).__name__ != "SequenceEndEvent":
@@ -170,7 +174,7 @@ class _Document:
             self.lines[*path, key] = event.start_mark.line + 1
         return key
 
-    def _scalar(self, event: Any) -> Any:
+    def _scalar(self, event: Any, path: tuple[str, ...]) -> Any:
         from ruamel.yaml.nodes import ScalarNode
 
         tag = str(self._yaml.resolver.resolve(ScalarNode, event.value, event.implicit))
@@ -178,17 +182,17 @@ class _Document:
         if kind == "null":
             return None
         if kind not in ("bool", "int", "float"):  # a date is text
-            return self._plain_text(event)
+            return self._plain_text(event, path)
         node = ScalarNode(tag, event.value, event.start_mark, event.end_mark)
         value = getattr(self._yaml.constructor, f"construct_yaml_{kind}")(node)
         if kind == "int" and value.bit_length() > LARGEST_BITS:
-            raise self._error(event, f"{shown(value)} is too large")
+            raise self._error(event, f"{_dotted(path)}{shown(value)} is too large")
         return value
 
-    def _plain_text(self, event: Any) -> str:
+    def _plain_text(self, event: Any, path: tuple[str, ...] = ()) -> str:
         text = str(event.value)
         if (character := strange(text)) is not None:
-            raise self._error(event, f"{shown(text)} has {character}, which is no text")
+            raise self._error(event, f"{_dotted(path)}{shown(text)} has {character}, which is no text")
         return text
 
     def _error(self, event: Any, message: str) -> ConfigError:

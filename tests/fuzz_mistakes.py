@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 - letters that look like others are what is meant
 """Mistakes that users make in configurations: each takes a valid draft, and makes one that must be refused.
 
 A mistake notes in ``draft.names`` and ``draft.shown`` what the error has to name.
@@ -293,16 +294,22 @@ def argument_mistake(draft: Draft, draw: random.Random) -> None:
 def yaml_mistake(draft: Draft, draw: random.Random) -> None:
     bad: list[str | bytes] = [
         "a: [1\n", "a: {b: 1\n", "a: 'b\n", 'a: "b\n', "a:\n\tb: 1\n", "log:\n  every: 1\n every: 2\n", "- 1\n", "3\n",
-        "log: &a {every: 1}\n", "x: &a [1]\ny: *a\n", "log:\n  <<: {every: 1}\n", "<<: {log: {every: 1}}\n",
+        "x: &a [1]\ny: *a\n", "log:\n  <<: {every: 1}\n", "<<: {log: {every: 1}}\n",
         "log: !!map {every: 1}\n", "log:\n  every: !!int 3\n", "log: !!python/object:os.system {}\n",
-        "x: !!python/object/apply:os.system [echo]\n", "---\nlog: {every: 2}\n", "log: 3\n", "log: [every]\n", "log: text\n",
+        "x: !!python/object/apply:os.system [echo]\n", "---\nlog: {every: 2}\n", "log: 3\n", "log: [every]\n",
+        "log: text\n",
         "? [a]\n: 1\n", "log:\n  ? {a: b}\n  : 1\n", "log:\n  null: 1\n", "log:\n  1: 2\n", "log:\n  true: 1\n",
-        "x:\n  y: " + "[" * 30 + "]" * 30 + "\n", "x:\n  y: " + "[" * 3000 + "\n", "x: " + "{a: " * 50 + "1" + "}" * 50 + "\n",
+        "x:\n  y: " + "[" * 30 + "]" * 30 + "\n", "x:\n  y: " + "[" * 3000 + "\n",
+        "x: " + "{a: " * 50 + "1" + "}" * 50 + "\n",
         "log:\n  every: " + "9" * 5000 + "\n", "log:\n  every: 0x" + "f" * 5000 + "\n", "log: 0x" + "f" * 9000 + "\n",
         "log:\n  every: 1\n  ? " + "x" * 5000 + "\n  : 1\n", "x" * 2000 + ": 1\n", "log:\n  every: 12:30\n",
-        "log:\n  progress: yes\n", "log:\n  every: １\n", "log:\n  every: −1\n", "log:\n  every: 1 000\n", "log:\n  every: 1,000\n",
-        "log:\n  name: \"a\\0b\"\n", "log:\n  name: \"\\ud800\"\n", "log:\n  name: a\x00b\n", "log:\n  name: a\x07b\n", "log:\n  every:1\n",
-        "log:\n  every: 1\n  every : 2\n", "log.every: 1\n", "log: {every: 1}}\n", "x: @a\n", "x: `a`\n", "log:\n\u00a0 every: 1\n",
+        "log:\n  progress: yes\n", "log:\n  every: １\n", "log:\n  every: −1\n",
+        "log:\n  every: 1 000\n", "log:\n  every: 1,000\n",
+        "log:\n  name: \"a\\0b\"\n", "log:\n  name: \"\\ud800\"\n", "log:\n  name: a\x00b\n",
+        "log:\n  name: a\x07b\n", "log:\n  every:1\n",
+        "log:\n  every: 1\n  every : 2\n", "log.every: 1\n",
+        "log: {every: 1}}\n",
+        "x: @a\n", "x: `a`\n", "log:\n\u00a0 every: 1\n",
         b"log:\n  name: \xff\xfe\n", b"\xff\xfel\x00o\x00g\x00", "# x\n" * 80_000, "x: [" + "1," * 20_000 + "]\n",
         "a: &a [1,1]\nb: &b [*a,*a]\nc: &c [*b,*b]\nd: [*c,*c]\n", "log:\n  observers: [" + "1, " * 2000 + "]\n",
     ]  # fmt: skip
@@ -333,8 +340,20 @@ def python_mistake(draft: Draft, draw: random.Random) -> None:
     ring: dict[str, Any] = {}
     ring["a"] = ring
     value = draw.choice(
-        (own, deep, ring, b"a", {1, 2}, decimal.Decimal(1), object(), 1j, print, {1: 2}, {None: 1}, range(3), math)
-        + (
+        (
+            own,
+            deep,
+            ring,
+            b"a",
+            {1, 2},
+            decimal.Decimal(1),
+            object(),
+            1j,
+            print,
+            {1: 2},
+            {None: 1},
+            range(3),
+            math,
             10**5000,
             -(10**400),
             "a\0",
@@ -362,7 +381,9 @@ def python_mistake(draft: Draft, draw: random.Random) -> None:
 
 
 def long_text(draft: Draft, draw: random.Random) -> None:
-    word = draw.choice(("x", "é", "\u202e", "1", "-", "a b", "%s", "{}", "\n", "日")) * draw.choice((501, LONG // 3))
+    word = draw.choice(("x", "é", "\u202e", "1", "-", "a b", "%s", "{}", "\n", "日")) * draw.choice(
+        (501, 501, LONG // 10)
+    )
     dotted = draw.choice(
         ("optimizer.lr", "log.every", "optimizer.name", "schedule.name", "strategy.name", "log.observers")
     )

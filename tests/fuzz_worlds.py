@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 - letters that look like others are what is meant
 """Environments of launchers: those that are right, mistakes in them, and soup."""
 
 from __future__ import annotations

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distloop.build import check
 from distloop.build.method import Method
 from distloop.build.run_directory import write_configuration
 from distloop.config import Config
@@ -74,13 +76,36 @@ def test_yaml_1_2_numbers_and_words(tmp_path: Path) -> None:
         ("a: &x [1]\nb: *x\n", r"my.yaml:2: an alias"),
         ("task:\n  a: " + "[" * 40 + "]" * 40, r"my.yaml:2: nesting deeper"),
         ("a: !!python/object:os.system {}\n", r"my.yaml:1: a tag .* is not allowed"),
+        ("log:\n  <<: {every: 1}\n", r"my.yaml:2: a merge key \(<<\) is not allowed"),
+        ("%YAML 1.1\n---\ntask:\n  a: yes\n", r"my.yaml:2: a directive \(%\) is not allowed"),
+        ("log: {every: 2}\n---\nlog: {every: 3}\n", r"my.yaml:2: expected a single document"),
+        ("log:\n  ? {a: b}\n  : 1\n", r"my.yaml:2: a list or mapping is no key"),
+        ("task:\n  1: a\n  '1': b\n", r'my.yaml:3: found duplicate key "1", as in line 2'),
+        ("task.x:\n  y: 1\n", r"my.yaml:2: task.x.y: unknown section 'task.x'"),
+        ("learners.a:\n  optimizer: {lr: 2}\n", r"my.yaml:2: learners.a.optimizer: unknown section"),
+        ("learners:\n  a.optimizer: {lr: 2}\n", r"my.yaml:2: 'a.optimizer': a key has no dot here"),
+        ("optimizer: 0x" + "f" * 5000, r"my.yaml:1: optimizer: a whole number of some \d+ digits is too large"),
+        (
+            "data:\n  global_batch_size: 1" + "0" * 400,
+            r"my.yaml:2: data.global_batch_size: a whole number .* too large",
+        ),
+        ("data:\n  global_batch_size: 1" + "0" * 30, r"my.yaml:2: data.global_batch_size: 10+ is wrong: .*less than"),
+        ("data:\n  workers: 1000000\n", r"data.workers: 1000000 is wrong"),
+        ("world:\n  timeout: 1e300\n", r"world.timeout: 1e\+300 is wrong"),
+        ("optimizer:\n  lr: 1e300\n", r"optimizer.lr: 1e\+300 is wrong"),
+        ('log:\n  name: "a\\0b"\n', r"my.yaml:2: log.name: .* has the character U\+0000, which is no text"),
+        ('log:\n  name: "\\ud800"\n', r"my.yaml:2: log.name: .* has the character U\+D800"),
+        ("log:\n  name: ../../a\n", r"my.yaml:2: log.name: '../../a' is wrong: should name a folder below"),
+        ("log:\n  name: ''\n", r"my.yaml:2: log.name: '' is wrong"),
+        ("precision:\n  loss_scale: 8.0\n", r"my.yaml:2: precision.loss_scale: is read with precision.name fp16 alone"),
+        ("train:\n  leaves: 4\n", r"my.yaml:2: train.leaves: is read with train.deterministic alone"),
     ],
 )
 def test_one_sentence_with_file_line_and_key(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         resolved = resolve(from_file(write(tmp_path, text)))
         resolved.choose("strategy.name", STRATEGIES)
-        Method(resolved)
+        check(resolved)
 
 
 def test_choosing_another_method_leaves_the_files_constants_behind(tmp_path: Path) -> None:
@@ -105,6 +130,14 @@ def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
         (["--optimizer.rl", "1"], "unknown key 'rl'"),
         (["--optimizer", "1"], "is a section"),
         (["--optimizer.lr", "[1"], "not valid YAML"),
+        (["--train.max_steps="], "command line --train.max_steps: has no value; null says"),
+        (["--log.name", "--log.directory=x"], "--log.name has no value"),
+        (["--log.name", "run #3"], "'run #3' has a comment in it"),
+        (["--task.a", "[" * 5000], "nesting deeper than 20 levels"),
+        (["--task.a", "[&a [1], *a]"], "an alias"),
+        (["--task.a", "%YAML 1.1\n---\n12:30"], "a directive"),
+        (["--task.a.b", "1"], "'a.b': a key has no dot"),
+        (["--learners..optimizer.lr", "1"], "must be like learners.NAME.optimizer.lr"),
     ],
 )
 def test_arguments_that_are_wrong(arguments: list[str], message: str) -> None:
@@ -268,3 +301,111 @@ def test_python_callers_are_told_too() -> None:
         resolve(from_mapping({"optimizer": {"rl": 1}}))
     with pytest.raises(ConfigError, match="must be a mapping"):
         resolve(from_mapping({"optimizer": 3}))
+
+
+def test_environment_variables_that_are_wrong() -> None:
+    for environment, message in [
+        ({"DISTLOOP_TRAIN__MAX_STEPS": ""}, "DISTLOOP_TRAIN__MAX_STEPS: has no value"),
+        ({"distloop_train__max_steps": "3"}, "settings are in capitals"),
+        (
+            {"DISTLOOP_LOG__EVERY": "1", "DISTLOOP_LOG__every": "2"},
+            "log.every is given twice, by environment DISTLOOP_",
+        ),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            from_environment(environment)
+
+
+def test_values_from_python_are_bounded_too() -> None:
+    own: list[object] = []
+    own.append(own)
+    for value, message in [
+        (own, "nesting deeper than 20 levels"),
+        ([1] * 20_000, "more than 5000 values"),
+        ({1: 2}, "1: a key must be text"),
+        ("a\0", r"U\+0000"),
+        (10**5000, "is too large"),
+    ]:
+        with pytest.raises(ConfigError, match=f"argument task: task.a: .*{message}"):
+            resolve(from_mapping({"task": {"a": value}}))
+    for sections in (
+        {"task.a": {"b": 1}},
+        {"learners": {"a.optimizer": {"lr": 1}}},
+        {"task": {1: 2}},
+        {"log": {"a.b": 1}},
+    ):
+        with pytest.raises(ConfigError, match="argument"):
+            resolve(from_mapping(sections))
+
+
+def test_what_is_overruled_must_be_right_too(tmp_path: Path) -> None:
+    path = write(tmp_path, "optimizer:\n  lr: abc\n")
+    with pytest.raises(ConfigError, match=r"my.yaml:2: optimizer.lr: 'abc' is wrong"):
+        resolve(from_file(path), from_arguments(["--optimizer.lr", "1"]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "optimizer: {lr: " + "x" * 90_000 + "}",
+        "optimizer: {" + "x" * 900 + ": 1}",
+        "log: {observers: [1" + ", 1" * 3000,
+    ],
+)
+def test_sentences_are_of_bounded_length(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"my\.yaml:1") as caught:
+        resolve(from_file(write(tmp_path, text + ("]}" if "[" in text else ""))))
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "task:\n  a: [" + "1," * 120_000 + "]\n",
+        "task:\n" + "".join(f"  k{n}: 1\n" for n in range(20_000)),
+        "# x\n" * 300_000,
+    ],
+)
+def test_a_large_file_costs_little(tmp_path: Path, text: str) -> None:
+    path, began = write(tmp_path, text), time.process_time()
+    with pytest.raises(ConfigError, match=r"more than 5000 values|larger than 256 KiB"):
+        from_file(path)
+    assert time.process_time() - began < 2.0
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b", "\udcff.yaml", ".", "/dev/zero", "no/such/file.yaml"])
+def test_paths_that_are_none(path: str) -> None:
+    from distloop.targets import resolve as resolve_target
+
+    with pytest.raises(ConfigError):
+        from_file(Path(path))
+    with pytest.raises(ConfigError):
+        resolve_target(path, [])
+
+
+def test_dates_are_words() -> None:
+    assert resolve(from_arguments(["--log.name", "2024-01-01"])).config.log.name == "2024-01-01"
+
+
+@pytest.mark.parametrize("name", ["2024", "true", "a #1", "[a]", "*a", "1e3"])
+def test_a_run_may_be_called_anything_when_it_is_resumed(tmp_path: Path, name: str) -> None:
+    from distloop.targets import resumed
+
+    run = tmp_path / name
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("{}")
+    target, arguments = resumed(None, str(run), [])
+    config = resolve(from_file(Path(target)), from_arguments(arguments)).config
+    assert (config.log.name, config.log.directory, config.checkpoint.resume) == (name, str(tmp_path), str(run))
+
+
+def test_what_a_run_writes_has_no_keys_that_its_methods_do_not_read(tmp_path: Path) -> None:
+    text = "strategy: {name: auto, calibration: fresh}\nprecision: {name: fp16, loss_scale: 8.0}\n"
+    resolved = resolve(
+        from_file(write(tmp_path, text)), from_arguments(["--strategy.name", "ring", "--precision.name=fp32"])
+    )
+    check(resolved)
+    write_configuration(tmp_path, resolved)
+    again = resolve(from_file(tmp_path / "config.yaml"))
+    check(again)
+    assert (again.config.strategy.name, again.config.precision.name) == ("ring", "fp32")

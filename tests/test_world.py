@@ -52,6 +52,11 @@ def test_world_from_environment(environment: dict[str, str], world: World) -> No
         ({"RANK": "abc"}, "RANK='abc' is not a whole number"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 is too small"),
         ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2 .* outside the host"),
+        ({"RANK": "٣"}, "RANK='٣' is not a whole number"),
+        ({"RANK": " 3"}, "RANK=' 3' is not a whole number"),
+        ({"RANK": "1_0"}, "RANK='1_0' is not a whole number"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE=9+... is too large"),
+        ({"LOCAL_WORLD_SIZE": "5"}, "LOCAL_WORLD_SIZE=5 .* cannot be: .* WORLD_SIZE=4"),
     ],
 )
 def test_contradictions_are_named(change: dict[str, str], message: str) -> None:
@@ -69,3 +74,25 @@ def test_single_host() -> None:
     assert World(0, 2, 0, 2).single_host
     assert not World(0, 4, 0, 2).single_host
     assert not World(0, 2, 0, 2, "torchrun", False).single_host
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "abc"}, "LOCAL_RANK='abc'"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_RANK is missing"),
+        ({"PMI_SIZE": "4"}, "PMI_RANK is missing"),
+        (
+            SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x999999999)"},
+            "SLURM_LOCALID=1 .*SLURM_STEP_TASKS_PER_NODE=1 allows",
+        ),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "3x2"}, "SLURM_STEP_TASKS_PER_NODE='3x2' is not like"),
+        (SLURM | {"SLURM_NODEID": "9"}, "SLURM_NODEID=9 is outside the 3 nodes"),
+        (SLURM | {"SLURM_NODEID": "²"}, "SLURM_NODEID='²'"),
+        (SLURM | {"SLURM_LOCALID": "²"}, "SLURM_LOCALID='²'"),
+        ({"RANK": "5", "WORLD_SIZE": "8"} | SLURM | {"SLURM_LOCALID": "7"}, "SLURM_LOCALID=7 .* outside the host"),
+    ],
+)
+def test_mistakes_are_named_wherever_they_are(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(WorldError, match=message):
+        World.from_environment(environment)

@@ -16,7 +16,7 @@ from distloop.build.idle import idle
 from distloop.config import OptimizerSection, ScheduleSection
 from distloop.layers import LEARNERS, PER_LEARNER
 from distloop.settings import Resolved
-from distloop.strategies import STRATEGIES, Recipe, options_of
+from distloop.strategies import Recipe, options_of
 from distloop.tasks import import_object
 
 # Which keys each method reads, beside the common ones; another method's key is refused where it is given.
@@ -182,13 +182,15 @@ def as_read(resolved: Resolved) -> dict[str, Any]:
     """
     sections = _read_keys(resolved)
     for name, one in resolved.learners.items():
-        own = {}
+        own: dict[str, dict[str, Any]] = {}
         for section in PER_LEARNER:
             fields = type(getattr(resolved.config, section)).model_fields
             given = {key: sections[section].get(key, fields[key].get_default()) for key in fields}
             keys = _read_keys(one)[section].items()
             own[section] = {key: value for key, value in keys if value != given[key]}
-        sections[LEARNERS][name] = own
+        del sections[LEARNERS][name]
+        if own := {section: values for section, values in own.items() if values}:
+            sections[LEARNERS][name] = own
     return sections
 
 
@@ -198,10 +200,8 @@ def _read_keys(resolved: Resolved) -> dict[str, Any]:
     read = {
         "optimizer": EVERY_OPTIMIZER | OPTIMIZERS.get(optimizer, {"options"}),
         "schedule": EVERY_SCHEDULE | SCHEDULES[schedule],
+        "strategy": {"name"} | options_of(sections["strategy"]["name"]),
     }
-    strategy = sections["strategy"]["name"]
-    if strategy in STRATEGIES:
-        read["strategy"] = {"name"} | options_of(strategy)
     for section, keys in read.items():
         sections[section] = {key: value for key, value in sections[section].items() if key in keys}
     for one in idle(resolved.config):
