@@ -25,7 +25,7 @@ def resumed(target: str | None, resume: str | None, arguments: list[str]) -> tup
         return target, arguments
     if resume is None or resume == "auto":
         raise ConfigError(
-            "command line: TARGET is missing: what is to be trained? settings come behind it (--resume PATH knows TARGET)"
+            "command line: TARGET is missing: what is to be trained? settings come behind it (or --resume PATH)"
         )
     path = Path(resume)
     run = path.parent.parent if path.parent.name == "checkpoints" else path
