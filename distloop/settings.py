@@ -135,7 +135,7 @@ def check_key(dotted: str, source: str) -> tuple[str, str]:
             check_key(inner, f"{source}: {LEARNERS}.{name}")
     elif section == "task":
         if not key_of(key, f"{source}: task").isidentifier():
-            raise ConfigError(f"{source}: task.{key}: {key!r} cannot be the name of a task's argument")
+            raise ConfigError(f"{source}: task.{brief(key)}: {shown(key)} cannot be the name of a task's argument")
     elif key not in _keys(section):
         hint = nearest(key[:LONGEST_KEY], _keys(section))
         raise ConfigError(f"{source}: {section}.{brief(key)}: unknown key {brief(key)!r}{hint}")
@@ -176,7 +176,7 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
             check_key(dotted, source)
             if dotted in settings:
                 raise ConfigError(f"{source}: {dotted} is given twice, by {settings[dotted].source} too")
-            settings[dotted] = Setting(parse_value(text, source), source)
+            settings[dotted] = Setting(parse_value(text, f"{source}: {dotted}"), source)
     return settings
 
 

@@ -24,7 +24,9 @@ def resumed(target: str | None, resume: str | None, arguments: list[str]) -> tup
     if target is not None:
         return target, arguments
     if resume is None or resume == "auto":
-        raise ConfigError("command line: TARGET is missing: what is to be trained? (--resume PATH knows it by itself)")
+        raise ConfigError(
+            "command line: TARGET is missing: what is to be trained? settings come behind it (or --resume PATH)"
+        )
     path = Path(resume)
     run = path.parent.parent if path.parent.name == "checkpoints" else path
     if not _is(run / "config.yaml"):

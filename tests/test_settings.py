@@ -305,7 +305,7 @@ def test_python_callers_are_told_too() -> None:
 
 def test_environment_variables_that_are_wrong() -> None:
     for environment, message in [
-        ({"DISTLOOP_TRAIN__MAX_STEPS": ""}, "DISTLOOP_TRAIN__MAX_STEPS: has no value"),
+        ({"DISTLOOP_TRAIN__MAX_STEPS": ""}, "DISTLOOP_TRAIN__MAX_STEPS: train.max_steps: has no value"),
         ({"distloop_train__max_steps": "3"}, "settings are in capitals"),
         (
             {"DISTLOOP_LOG__EVERY": "1", "DISTLOOP_LOG__every": "2"},
