@@ -92,16 +92,13 @@ def reliability(_: str = "") -> str:
     path = RESULTS / "reliability.json"
     lines = ["| `python -m tests.long.` | figures | seconds |", "| --- | --- | --- |"]
     for form, figures in sorted(json.loads(path.read_text()).items()) if path.exists() else ():
-        told = ", ".join(
-            f"{key.replace('_', ' ')} {_said(value)}" for key, value in figures.items() if key != "seconds"
-        )
+        shown = {key: v for key, v in figures.items() if key != "seconds" and not isinstance(v, dict | list)}
+        told = ", ".join(f"{key.replace('_', ' ')} {_said(value)}" for key, value in shown.items())
         lines.append(f"| `{form}` | {told} | {figures['seconds']:,.0f} |")
     return "\n".join(lines)
 
 
 def _said(value: Any) -> str:
-    if isinstance(value, dict):
-        return "(" + ", ".join(f"{key} {_said(inner)}" for key, inner in value.items()) + ")"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
