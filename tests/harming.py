@@ -13,7 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from distloop.transports import Transport
 from tests.ranks import in_processes
 from tests.restarting import DETERMINISTIC, EPOCHS, LIMIT, PER_EPOCH, SAMPLES, STEPS, Attempt, Run, Under
 
+FAST = ("ddp", "naive", "ring", "direct", "auto", "zero_offload")  # to the bit on as many ranks
 DIED = 10  # the exit code of a rank that has lost another
 REQUEUE = 75
 FORGOTTEN = (".tmp-", ".trash-", ".best-", ".probe-", ".part-", ".run.json", ".model")
@@ -186,6 +187,10 @@ class Figures:
     other_weights: int = 0
     other_logs: int = 0
     left_over: int = 0
+    hangs: int = 0
+    disagreements: int = 0  # of ranks on the step at which they stopped
+    when: dict[str, int] = field(default_factory=dict)  # the moments
+    outcomes: dict[str, int] = field(default_factory=dict)  # exit codes of harmed attempts, by those of all ranks
     faults: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -194,14 +199,23 @@ class Figures:
         wrong = (self.samples_lost, self.samples_repeated, self.other_weights, self.other_logs, self.left_over)
         return not any(wrong) and not self.faults
 
-    def compare(self, run: Run, expected: Expected) -> None:
-        """Hold a run that has come to its end against one in peace."""
+    def figures(self) -> dict[str, Any]:
+        """Return what to print of it."""
+        return asdict(self) | {"faults": len(self.faults)}
+
+    def count(self, run: Run) -> dict[int, list[int]]:
+        """Count samples that are not in the history exactly once per epoch; return it, in order."""
         history = by_step(run)
         for epoch in range(EPOCHS):
             steps = range(epoch * PER_EPOCH + 1, (epoch + 1) * PER_EPOCH + 1)
             times = Counter(i for step in steps for i in history.get(step, []))
             self.samples_lost += sum(times[i] == 0 for i in range(SAMPLES))
-            self.samples_repeated += sum(count - 1 for count in times.values())
+            self.samples_repeated += sum(max(count - 1, 0) for count in times.values())
+        return history
+
+    def compare(self, run: Run, expected: Expected) -> None:
+        """Hold a run that has come to its end against one in peace."""
+        history = self.count(run)
         if history != expected.history or set(history) != set(range(1, STEPS + 1)):
             self.faults.append(f"{run.folder}: other samples in some step")
         self.other_weights += run.digests() != expected.digests
@@ -228,6 +242,7 @@ def campaign(
             shutil.rmtree(run.folder)
         elif len(figures.faults) > 20:
             break
+    figures.when = dict(harm.when)
     figures.seconds = round(time.monotonic() - begun, 1)
     return figures
 
@@ -240,6 +255,13 @@ def _lived_through(run: Run, harm: Harm, figures: Figures, count: int, worlds: l
         figures.attempts += 1
         if harming and (fault := harm.fault(run, attempt)):
             run.faults.append(fault)
+        figures.hangs += attempt.hung
+        if harming:
+            steps = {attempt.last(rank) for rank in range(attempt.world)}
+            figures.disagreements += set(attempt.codes) == {REQUEUE} and len(steps) > 1
+            trained = "" if attempt.told.get("trains", True) else ", before the training"
+            outcome = " and ".join(map(str, sorted(set(attempt.codes)))) + trained
+            figures.outcomes[outcome] = figures.outcomes.get(outcome, 0) + 1
         if attempt.over:
             return True
         if not (harming and harm.done(attempt)):

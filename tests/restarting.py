@@ -168,6 +168,7 @@ class Run:
     """A run in a folder of its own, however many attempts it takes.
 
     Attributes:
+        writers: by step and inode, the attempt that wrote a checkpoint.
         faults: sentences on all that should not have been.
     """
 
@@ -179,7 +180,7 @@ class Run:
         named = SETTINGS | settings
         self._arguments = [word for key, value in named.items() for word in (f"--{key}", str(value))]
         self._environment = {"JOURNAL": str(self._journals)}
-        self._writers: dict[tuple[int, int], int] = {}  # by step and inode, the attempt that wrote a checkpoint
+        self.writers: dict[tuple[int, int], int] = {}
         self.faults: list[str] = []
 
     @property
@@ -205,7 +206,7 @@ class Run:
             now.ends = job.end()
         now.lines = [list(_lines(_journal(self._journals, now.number, rank))) for rank in range(world)]
         for step, inode in self._committed().items():
-            self._writers.setdefault((step, inode), now.number)
+            self.writers.setdefault((step, inode), now.number)
         self._look(now)
         return now
 
@@ -246,10 +247,12 @@ class Run:
                         found.setdefault(line["step"], []).extend(line["ids"])
             if first == 0:
                 return found
-            attempt, last = self.attempts[self._writer(first)], first
+            before = self.attempts[self._writer(first)]
+            assert before.number < attempt.number, "a checkpoint was written before it was gone on from"
+            attempt, last = before, first
 
     def _writer(self, step: int) -> int:
-        return max(number for (known, _), number in self._writers.items() if known == step)
+        return max(number for (known, _), number in self.writers.items() if known == step)
 
     def _committed(self) -> dict[int, int]:
         """Return the inodes of the checkpoints there are, by step."""
