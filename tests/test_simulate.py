@@ -97,7 +97,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert end.out.count("kept model") == 1, "rank 0 alone prints"
     run = tmp_path / "runs" / "run"
     assert {path.name for path in run.iterdir()} == {
-        *("config.yaml", "logs", "metrics.jsonl", "model.safetensors", "result.json")
+        *("checkpoints", "config.yaml", "lock", "logs", "metrics.jsonl", "model.safetensors", "result.json", "run.json")
     }
     assert {path.name for path in (run / "logs").iterdir()} == {f"rank_{rank}.log" for rank in range(3)}
     assert resolve(from_file(run / "config.yaml")).config.strategy.name == "naive"
