@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,14 @@ def model_state(models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
                 f"state_dict entry {key!r} is a {type(value).__name__}: a model's file holds tensors alone"
             )
     return state
+
+
+def refuse_left_out(name: str, model: nn.Module, trained: Iterable[str]) -> None:
+    """Raise ConfigError if a model's ``state_dict`` leaves a trained parameter out: it would be learned in vain."""
+    known = model.state_dict().keys()
+    for key in trained:
+        if key not in known:
+            raise ConfigError(f"objective {name!r}: the model's state_dict leaves out {key!r}, which is trained")
 
 
 def distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

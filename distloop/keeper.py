@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,13 +17,15 @@ from distloop import recording
 from distloop.checkpoint import distinct, model_state
 from distloop.checkpoints import Checkpoint, Stored
 from distloop.data import derive_seed
-from distloop.errors import CheckpointError, ConfigError, StorageError
-from distloop.own_state import generators, pack, set_generators, unpack
+from distloop.errors import CheckpointError, ConfigError, DistloopError
+from distloop.own_state import generators, pack, set_generators
+from distloop.resumed import OwnStates, Resumed
 from distloop.saver import MODEL, Contents, Saved, Saver
 from distloop.transports import Transport
 from distloop.turns import Turns
 from distloop.world import World
 
+PINNED = ".best-"  # begins the names of files that a checkpoint which is being written will link
 MOST_MISSES = 3  # checkpoints in a row that could not be written, before the run ends
 
 
@@ -41,28 +43,6 @@ class OwnState(Protocol):
 
     def load_states(self, states: Sequence[Mapping[str, Any]], rank: int, ranks: int) -> None:
         """Go on from the states of all ranks of then, as one of ``ranks`` now; there may be more or fewer."""
-
-
-@dataclass
-class Resumed:
-    """A checkpoint to go on from."""
-
-    checkpoint: Checkpoint
-
-    @property
-    def ranks(self) -> int:
-        """How many ranks wrote it."""
-        return len(self.checkpoint.state["ranks"])
-
-    def own_facts(self, name: str) -> Any:
-        """Return what rank 0 had under ``name``; tensors are left out."""
-        return self.checkpoint.state["ranks"][0]["state"][name]
-
-    def describe(self) -> str:
-        """Return in words what it is."""
-        facts = self.checkpoint.manifest["facts"]
-        ranks = f"{self.ranks} rank{'s' if self.ranks > 1 else ''}"
-        return f"from step {self.checkpoint.step}, of {ranks} with {facts['strategy']}: {self.checkpoint.path}"
 
 
 @dataclass
@@ -99,15 +79,21 @@ class Keeper:
     misses: int = field(default=0, init=False)
     _warned: bool = field(default=False, init=False)
 
+    def rehearse(self) -> None:
+        """Take everything once and throw it away, so that a mistake is known before there is something to lose."""
+        with ExitStack() as stack:
+            for learner in self.turns.learners:
+                stack.enter_context(learner.strategy.still())
+            for learner in self.turns.learners:
+                recording.record(learner, self.world.rank, self.world.size)
+        pack("own", {name: part.state_dict() for name, part in self.own.items()})
+
     def save(self, step: int, best: int | None) -> None:
         """Take everything as it is now, and begin to write it; every rank calls it after the same step.
 
         Args:
             step: global batches done.
             best: the step of the best model, if there is one in the run's directory.
-
-        Raises:
-            NonFiniteError: on all ranks, if a loss since the last log line was not finite: that is not worth keeping.
         """
         rank, ranks, learners = self.world.rank, self.world.size, self.turns.learners
         state = {"step": step, **{name: part.state_dict() for name, part in self.shared.items()}}
@@ -118,10 +104,11 @@ class Keeper:
             for learner in learners:
                 stack.enter_context(learner.strategy.still())
             recorded = {learner.name: recording.record(learner, rank, ranks) for learner in learners}
-            own["buffers"] = self._buffers()
+            buffers = self._buffers()
+            own["buffers"] = {"names": list(buffers), "values": list(buffers.values())}
             if rank == 0:
                 self._take_models(contents)
-            self._restore_buffers(own["buffers"])
+            self._restore_buffers(buffers)
         optimizer = [tensor for one in recorded.values() for tensor in one.tensors]
         packed, tensors = pack(f"rank-{rank:05}", own)
         contents.files |= {f"optim-{rank:05}.safetensors": optimizer, f"rank-{rank:05}.safetensors": tensors}
@@ -146,6 +133,8 @@ class Keeper:
         stored, tied = distinct(model_state(models))
         contents.files[MODEL] = [Stored(key, tensor) for key, tensor in stored.items()]
         contents.metadata[MODEL] = {"format": "pt", **tied}
+        prefix = {name: f"{name}." if len(models) > 1 else "" for name in models}
+        contents.trained = {prefix[one.name] + key for one in self.turns.learners for key in one.strategy.parameters}
         learned = list(models.values())
         contents.files["extra.safetensors"] = [
             tensor for learner in self.turns.learners for tensor in recording.record_others(learner, learned)
@@ -160,7 +149,7 @@ class Keeper:
         """
         checkpoint, state = resumed.checkpoint, resumed.checkpoint.state
         learners = self.turns.learners
-        try:
+        with _ours(checkpoint):
             self._check_structure(checkpoint)
             learned = [learner.objective.model for learner in learners]
             for learner in learners:
@@ -173,22 +162,25 @@ class Keeper:
             self.turns.batches = state["turns"]
             for name, part in self.shared.items():
                 part.load_state_dict(state[name])
-            for name, own in self.own.items():
-                own.load_states(_OwnStates(checkpoint, name), self.world.rank, self.world.size)
-        except (KeyError, IndexError, TypeError, ValueError) as failure:
-            reason = f"{type(failure).__name__}: {failure}"
-            raise CheckpointError(
-                f"{checkpoint.path}: is not what this version of distloop writes ({reason})"
-            ) from failure
+        for name, own in self.own.items():
+            states = OwnStates(checkpoint, name)
+            with _ours(checkpoint):
+                states[0]  # it is there; what its owner makes of it is the owner's business
+            own.load_states(states, self.world.rank, self.world.size)
         if self.world.rank == 0:
             self._restore_best(checkpoint)
+
+    def has_best(self, resumed: Resumed) -> bool:
+        """Return whether a checkpoint has the best model of then, and not only what it was worth."""
+        return any(_kept_best(name) in resumed.checkpoint.manifest["files"] for name in self.files)
 
     def restore_random(self, resumed: Resumed) -> None:
         """Set what draws random numbers, and buffers that ranks have of their own; the last thing before training."""
         rank, ranks = self.world.rank, self.world.size
         if resumed.ranks == ranks:
-            set_generators(_OwnStates(resumed.checkpoint, "generators")[rank], self.device)
-            self._restore_buffers(_OwnStates(resumed.checkpoint, "buffers")[rank])
+            set_generators(OwnStates(resumed.checkpoint, "generators")[rank], self.device)
+            buffers = OwnStates(resumed.checkpoint, "buffers")[rank]
+            self._restore_buffers(dict(zip(buffers["names"], buffers["values"], strict=True)))
         else:
             torch.manual_seed(derive_seed("resumed", self.seed, resumed.checkpoint.step, rank))
 
@@ -231,16 +223,16 @@ class Keeper:
         """Return the best model's files under names that stay as they are, whatever becomes better meanwhile."""
         found = {}
         for name in self.files:
-            source, pinned = self.directory / name, self.directory / f".best-{step:08}-{name}"
+            source, pinned = self.directory / name, self.directory / f"{PINNED}{step:08}-{name}"
             try:
                 pinned.unlink(missing_ok=True)
                 try:
                     os.link(source, pinned)
                 except OSError:  # a file system without links
                     shutil.copyfile(source, pinned)
+                found[_kept_best(name)] = pinned
             except OSError as failure:
-                raise StorageError(f"{source}: cannot be kept: {failure.strerror}") from failure
-            found[_kept_best(name)] = pinned
+                self.saver.miss(step, f"{source}: cannot be kept: {failure.strerror}")
         return found
 
     def _restore_best(self, checkpoint: Checkpoint) -> None:
@@ -266,20 +258,18 @@ class Keeper:
                 )
 
 
+@contextmanager
+def _ours(checkpoint: Checkpoint) -> Iterator[None]:
+    """Say that a checkpoint lacks something, where it is read by those who wrote it."""
+    try:
+        yield
+    except DistloopError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as failure:
+        reason = f"{type(failure).__name__}: {failure}"
+        raise CheckpointError(f"{checkpoint.path}: is not what this version of distloop writes ({reason})") from failure
+
+
 def _kept_best(name: str) -> str:
     """Return how a checkpoint names the best model's file: not as tensors of its own, which would be there twice."""
     return f"best-{Path(name).stem}"
-
-
-class _OwnStates(Sequence[Any]):
-    """The states of all ranks under one name, each read when it is asked for."""
-
-    def __init__(self, checkpoint: Checkpoint, name: str):
-        self._checkpoint, self._name = checkpoint, name
-
-    def __len__(self) -> int:
-        return len(self._checkpoint.state["ranks"])
-
-    def __getitem__(self, rank: Any) -> Any:
-        packed = self._checkpoint.state["ranks"][rank]["state"][self._name]
-        return unpack(packed, self._checkpoint.read)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,6 @@ from distloop.errors import NonFiniteError
 from distloop.learner import Learner
 from distloop.leaves import by_leaf
 from distloop.loop import Update
-from distloop.messages import gather_json
 from distloop.transports import Transport
 
 REMEDY = "a smaller optimizer.lr, schedule.warmup_steps or gradients.clip_norm may help"
@@ -109,29 +109,39 @@ class Ledger:
         idle = _idle(busy, collecting, seconds)
         return values | ({"idle": idle} if idle >= LEAST_IDLE else {})
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return, in JSON's types, all that the next lines depend on, of all ranks; every rank calls it.
+    def check(self) -> None:
+        """Look at the losses since the last line, before something that is not worth keeping is kept.
 
         Raises:
             NonFiniteError: as :meth:`close`.
         """
-        own = [[[share, float(loss)] for share, loss in turn.losses] for turn in self._turns]
-        ranks = gather_json(self._transport, own)
-        turns = []
-        for turn, *pairs in zip(self._turns, *ranks, strict=True):
-            by_rank = torch.tensor([sum(share * loss for share, loss in rank) for rank in pairs], dtype=torch.float64)
-            self._check(turn, float(by_rank.sum()), by_rank)
-            turns.append([turn.learner, turn.applied, turn.step, pairs])
-        return {"turns": turns, "first": self._first}
+        if self._turns:
+            by_rank = self._transport.all_gather(self._local_losses(self._turns).sum(1)).wait()
+            for i, turn in enumerate(self._turns):
+                self._check(turn, float(by_rank[:, i].sum()), by_rank[:, i])
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`, on any number of ranks; after the learners."""
-        rank, size = self._transport.rank, self._transport.size
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next line depends on, of this rank."""
+        names = [learner.name for learner in self._learners]
+        rows = [(names.index(turn.learner), turn.applied, turn.step, len(turn.losses)) for turn in self._turns]
+        shares = [share for turn in self._turns for share, _ in turn.losses]
+        losses = [loss.double().cpu() for turn in self._turns for _, loss in turn.losses]
+        return {
+            "learners": names,
+            "turns": torch.tensor(rows, dtype=torch.int64).view(-1, 4),
+            "shares": torch.tensor(shares, dtype=torch.float64),
+            "losses": torch.stack(losses) if losses else torch.zeros(0, dtype=torch.float64),
+            "first": self._first,
+        }
+
+    def load_states(self, states: Sequence[Mapping[str, Any]], rank: int, ranks: int) -> None:
+        """Go on from the states of all ranks of then; after the learners."""
+        size, every_state = ranks, list(states)
         known = {learner.name: learner.strategy for learner in self._learners}
-        self._first = dict(state["first"])
+        self._first = dict(every_state[0]["first"])
         self._skipped = {learner.name: learner.skipped for learner in self._learners}
         self._turns = []
-        for name, applied, step, pairs in state["turns"]:
+        for name, applied, step, pairs in _together(every_state):
             every = [pair for own in pairs for pair in own]
             mine = pairs[rank] if len(pairs) == size else every[rank::size]
             if leaves := known[name].leaves:
@@ -182,6 +192,15 @@ class Ledger:
             f"the loss exploded to {loss:.4g} at {where} (it began at {first:.4g}; most of it on rank "
             f"{int(by_rank.abs().argmax())}); {remedy}"
         )
+
+
+def _together(states: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, bool, int, list[list[tuple[float, float]]]]]:
+    """Yield the turns of all ranks: learner, whether it was applied, step, and (share, loss) pairs by rank."""
+    pairs = [iter(zip(s["shares"].tolist(), s["losses"].tolist(), strict=True)) for s in states]
+    for rows in zip(*(state["turns"].tolist() for state in states), strict=True):
+        learner, applied, step, _ = rows[0]
+        by_rank = [list(islice(own, row[3])) for own, row in zip(pairs, rows, strict=True)]
+        yield states[0]["learners"][learner], bool(applied), step, by_rank
 
 
 def _local_shares(turns: Sequence[_Turn]) -> Tensor:

@@ -93,16 +93,17 @@ class Judge:
         return {
             "best": None if self.best is None else list(self.best),
             "metric": self.metric,
+            "lower": None if self.metric is None else self._sign(self.metric) > 0,
             "metrics": self.metrics,
             "evaluated_at": self.evaluated_at,
             "without_better": self._without_better,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; what was the best of another metric is forgotten."""
+        """Go on from :meth:`state_dict`; what was the best of another metric, or of another mode, is forgotten."""
         self.metrics, self.evaluated_at = dict(state["metrics"]), state["evaluated_at"]
         self.metric = self.monitor.metric or state["metric"]
-        if self.metric == state["metric"]:
+        if self.metric is not None and (self.metric, self._sign(self.metric) > 0) == (state["metric"], state["lower"]):
             self.best = None if state["best"] is None else Best(*state["best"])
             self._without_better = state["without_better"]
 

@@ -21,6 +21,8 @@ from distloop import host_memory
 from distloop.strategies import Segment, Shard
 from distloop.transforms import Collected
 
+GROUP = "of all "  # begins the names of what an optimizer remembers of all its parameters at once
+
 
 @dataclass(eq=False)
 class Group:
@@ -179,6 +181,7 @@ class Torch(Rule):
     def __init__(self, make: Callable[..., torch.optim.Optimizer], options: Mapping[str, Any]):
         self._make, self._options = make, dict(options)
         self._instances: dict[int, torch.optim.Optimizer] = {}
+        self._fresh: dict[int, dict[str, Any]] = {}  # the settings of each as they were at first
 
     def update(self, group: Group, gradients: list[Tensor], lr: float, divisor: Tensor | None) -> None:
         optimizer = self._instances.get(id(group)) or self._build(group, lr)
@@ -193,19 +196,26 @@ class Torch(Rule):
         instance = self._instances.get(id(group))
         known: Mapping[Tensor, dict[str, Any]] = {} if instance is None else instance.state
         found = [known.get(values, {}) for values in group.values]
-        return [{name: value for name, value in own.items() if value is not None} for own in found]
+        changed: dict[str, Any] = {}
+        if instance is not None:
+            fresh, now = self._fresh[id(group)], instance.param_groups[0]
+            changed = {GROUP + k: v for k, v in now.items() if k not in ("params", "lr") and v is not fresh.get(k)}
+        return [changed | {name: value for name, value in own.items() if value is not None} for own in found]
 
     def restore(self, group: Group, state: Sequence[Mapping[str, Any]]) -> None:
         instance = self._build(group, 0.0)  # each update sets the learning rate
         for values, remembered in zip(group.values, state, strict=True):
-            if remembered:
-                instance.state[values] = {name: _like(values, value) for name, value in remembered.items()}
+            own = {name: _like(values, v) for name, v in remembered.items() if not name.startswith(GROUP)}
+            if own:
+                instance.state[values] = own
+            instance.param_groups[0] |= {k.removeprefix(GROUP): v for k, v in remembered.items() if k.startswith(GROUP)}
 
     def _build(self, group: Group, lr: float) -> torch.optim.Optimizer:
         options = dict(self._options)
         if "weight_decay" in inspect.signature(self._make).parameters:
             options["weight_decay"] = group.weight_decay  # the class's own default would decay biases too
         self._instances[id(group)] = optimizer = self._make(group.values, lr=lr, **options)
+        self._fresh[id(group)] = dict(optimizer.param_groups[0])
         return optimizer
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from distloop.checkpoints import Stored
 from distloop.errors import ConfigError
 
-TENSOR = "tensor"  # the key under which a packed state has the name of a tensor
+TENSOR = "$tensor"  # the key under which a packed state has the name of a tensor
 
 
 def pack(prefix: str, state: Any) -> tuple[Any, list[Stored]]:
@@ -27,7 +27,10 @@ def pack(prefix: str, state: Any) -> tuple[Any, list[Stored]]:
     if isinstance(state, np.ndarray):
         return pack(prefix, torch.from_numpy(state.copy()))
     if isinstance(state, Mapping):
-        items: Any = {str(key): pack(f"{prefix}/{key}", value) for key, value in state.items()}
+        for key in state:
+            if not isinstance(key, str) or not key.isprintable() or "/" in key or key == TENSOR:
+                raise ConfigError(f"{prefix}: {key!r}: keys of a state are words, without slashes")
+        items: Any = {key: pack(f"{prefix}/{key}", value) for key, value in state.items()}
         return {key: packed for key, (packed, _) in items.items()}, [t for _, own in items.values() for t in own]
     if isinstance(state, list | tuple):
         listed = [pack(f"{prefix}/{i}", value) for i, value in enumerate(state)]

@@ -97,7 +97,7 @@ def restore(
         _check(learner, checkpoint, prefix)
         for key, value in model.state_dict().items():
             if prefix + key in own:
-                value.copy_(remembered.of_model(key, value.dtype))
+                value.copy_(remembered.of_model(key, value.dtype, behind=strategy.apart))
             elif prefix + key in checkpoint.tensors and key not in strategy.parameters:  # else it is tied, or imported
                 value.copy_(checkpoint.read(prefix + key))
         for start, tensors in (("held", _followers(learner, learned)), ("buffer", _unsaved(model))):
@@ -133,10 +133,10 @@ class _Remembered:
             return self._read(parameter, MASTER)
         return self._checkpoint.read(self._prefix + parameter)
 
-    def of_model(self, parameter: str, dtype: torch.dtype) -> Tensor:
-        """Return a parameter's values as the model has them in ``dtype``."""
+    def of_model(self, parameter: str, dtype: torch.dtype, *, behind: bool) -> Tensor:
+        """Return a parameter's values as the model has them in ``dtype``, maybe ``behind`` those of the optimizer."""
         stored = self._checkpoint.read(self._prefix + parameter)
-        return stored if dtype.itemsize <= stored.dtype.itemsize else self.values(parameter)
+        return stored if behind and dtype.itemsize <= stored.dtype.itemsize else self.values(parameter)
 
     def of_optimizer(self, segment: Segment) -> dict[str, Any]:
         """Return what is remembered of a segment."""
@@ -144,7 +144,8 @@ class _Remembered:
         for key in self._keys.get(segment.name, ()):
             if key != MASTER:
                 value = self._read(segment.name, key)
-                found[key] = _part(value, segment) if value.shape == segment.parameter.shape else value
+                whole = value.shape == segment.parameter.shape and key != "step"
+                found[key] = _part(value, segment) if whole else value
         return found
 
     def whole(self, parameter: str) -> dict[str, Tensor]:
@@ -165,11 +166,25 @@ def _check(learner: Learner, checkpoint: Checkpoint, prefix: str) -> None:
                 f"{checkpoint.path}: learner {learner.name!r}: parameter {key!r} is not in the checkpoint"
             )
         shape = tuple(getattr(value, "ds_shape", value.shape))  # DeepSpeed empties what it has in parts
-        if tuple(stored.shape) != shape:
-            raise ConfigError(
-                f"{checkpoint.path}: learner {learner.name!r}: parameter {key!r} has shape {tuple(stored.shape)} there "
-                f"and {shape} here: the model has changed"
-            )
+        _same_shape(learner.name, f"parameter {key!r}", tuple(stored.shape), shape, checkpoint)
+    if learner.strategy.updates_itself:
+        return  # what it has of the model now may be in parts
+    state = learner.objective.model.state_dict()
+    known = {value.data_ptr() for key, value in state.items() if prefix + key in checkpoint.tensors}
+    for key, value in state.items():
+        if prefix + key in checkpoint.tensors:
+            shape = tuple(checkpoint.tensors[prefix + key].shape)
+            _same_shape(learner.name, f"{key!r}", shape, tuple(value.shape), checkpoint)
+        elif value.numel() and value.data_ptr() not in known:  # else it is tied to another
+            raise ConfigError(f"{checkpoint.path}: learner {learner.name!r}: {key!r} is not in the checkpoint")
+
+
+def _same_shape(learner: str, what: str, there: tuple[int, ...], here: tuple[int, ...], checkpoint: Checkpoint) -> None:
+    if there != here:
+        raise ConfigError(
+            f"{checkpoint.path}: learner {learner!r}: {what} has shape {there} there and {here} here: the model has "
+            "changed"
+        )
 
 
 def _owned(learner: Learner, rank: int, ranks: int) -> Iterator[tuple[Segment, dict[str, Any]]]:
@@ -188,13 +203,14 @@ def _owned(learner: Learner, rank: int, ranks: int) -> Iterator[tuple[Segment, d
 
 def _followers(learner: Learner, learned: Sequence[nn.Module]) -> dict[str, Tensor]:
     """Return the tensors of the modules that an objective keeps up with its model: averages, target networks."""
-    follows = hasattr(learner.objective, "updated")
-    held = {
-        name: module
-        for name, module in held_modules(learner.objective).items()
-        if (follows or isinstance(module, MovingAverage)) and not any(module is model for model in learned)
-    }
-    return {f"{name}/{key}": t for name, module in held.items() for key, t in _every(module).items()}
+    found: dict[str, Tensor] = {}
+    for name, module in held_modules(learner.objective).items():
+        if not any(module is model for model in learned):
+            # Of one that nobody keeps up, such as a teacher, forward passes may still change the buffers.
+            follows = hasattr(learner.objective, "updated") or isinstance(module, MovingAverage)
+            tensors = _every(module) if follows else dict(module.named_buffers())
+            found |= {f"{name}/{key}": tensor for key, tensor in tensors.items()}
+    return found
 
 
 def _unsaved(model: nn.Module) -> dict[str, Tensor]:

@@ -36,6 +36,7 @@ class Contents:
     state: Mapping[str, Any] = field(default_factory=dict)  # on rank 0
     facts: Mapping[str, Any] = field(default_factory=dict)  # on rank 0
     best: int | None = None  # the step of the best model
+    trained: set[str] = field(default_factory=set)  # names of the model's file that must be finite
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,10 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._ended: list[Saved] = []
         self._closing = False
+
+    def miss(self, step: int, failure: str) -> None:
+        """Take note that something else of a checkpoint could not be kept."""
+        self._ended.append(Saved(step, 0.0, failure=failure))
 
     def save(self, step: int, contents: Contents) -> None:
         """Begin to write, after what is still being written."""
@@ -122,11 +127,11 @@ class Saver:
             self._ended.append(Saved(step, time.monotonic() - begun, nbytes, failure))
 
     def _write_part(self, step: int, contents: Contents, begun: float) -> int:
-        for stored in contents.files.get(MODEL, ()):
-            if not stored.tensor.isfinite().all():
-                raise CheckpointError(f"{stored.name} has values that are NaN or infinite, which is not worth keeping")
         draft = self._checkpoints.draft(step, self._token)
         try:
+            for stored in contents.files.get(MODEL, ()):
+                if stored.name in contents.trained and not stored.tensor.isfinite().all():
+                    raise CheckpointError(f"{stored.name} has values that are NaN or infinite: it is not worth keeping")
             for name, tensors in contents.files.items():
                 draft.write(name, tensors, contents.metadata.get(name))
             for name, source in contents.links.items():

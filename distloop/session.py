@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from distloop.agreement import Agreement, Signals, Stop
-from distloop.checkpoint import load_model, make_durable, model_state, save_model, write_json
-from distloop.errors import DataError
+from distloop.checkpoint import load_model, make_durable, model_state, refuse_left_out, save_model, write_json
+from distloop.errors import DataError, StorageError
 from distloop.evaluation import Evaluation
 from distloop.heartbeat import Heartbeat
 from distloop.keeper import MOST_MISSES, Keeper
@@ -54,7 +54,7 @@ class Session:
     ):
         self.task, self.turns, self.learners, self.world, self.transport = task, turns, turns.learners, world, transport
         self.limits, self.judge, self.directory = limits, judge, directory
-        self._agreement, self._ledger, self._evaluation = agreement, ledger, evaluation
+        self._agreement, self.ledger, self._evaluation = agreement, ledger, evaluation
         self.observers, self._progress = list(observers), progress
         self.facts: dict[str, str] = {}  # what a user wants to see before the training
         self.on_close = ExitStack()
@@ -62,6 +62,8 @@ class Session:
         self.files = {"model.safetensors": models} | ({"averages.safetensors": dict(averages)} if averages else {})
         for kept in self.files.values():
             model_state(kept)  # what cannot be saved is refused now, not after the training
+        for learner in self.learners:
+            refuse_left_out(learner.name, learner.objective.model, learner.strategy.parameters)
         self._report, self._replicas = report, replicas
         self.keeper: Keeper | None = None  # set by who builds it, if checkpoints are kept
         self.step = self.epoch = self._samples = 0
@@ -98,7 +100,6 @@ class Session:
             "samples": self._samples,
             "logged_at": self._logged_at,
             "judge": self.judge.state_dict(),
-            "ledger": self._ledger.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -108,13 +109,12 @@ class Session:
         self.following, self._begun, self.epoch = (epoch, batch), state["begun"], max(state["begun"] - 1, 0)
         self._saved_at = self.step
         self.judge.load_state_dict(state["judge"])
-        self._ledger.load_state_dict(state["ledger"])
 
     def _run(self) -> Result:
         begun = time.monotonic()
         self._emit("start", self.facts)
         reason = self._over() if self.step else None
-        self._ledger.restart_clock()
+        self.ledger.restart_clock()
         with Signals(self._agreement):
             if reason is None:
                 reason = self._train()
@@ -131,7 +131,7 @@ class Session:
     def _train(self) -> str:
         for update in train(self.task, self.turns, self._epochs(), self.world):
             last = update.learner is self.turns.last
-            self._ledger.add(update, self.step + 1, last=last)
+            self.ledger.add(update, self.step + 1, last=last)
             if last and (stop := self._after_batch(update)):
                 return stop
         return "all epochs done"
@@ -169,6 +169,8 @@ class Session:
             self._log()
         elif self.step == 1:
             self._log()  # at once, to show that it goes
+        if self.keeper is not None and self._trained == position.samples:
+            self.keeper.rehearse()  # what cannot be saved is refused now, not after the training
         stop = self._evaluate() if evaluate else None
         agreed = self._agreement()
         stop = REASONS[agreed] if agreed else limits.reached(self.step) or stop
@@ -183,11 +185,12 @@ class Session:
             return False
         begun = time.monotonic()
         if self._saved_at != self.step:
+            self.ledger.check()
             best = self.judge.best if self.judge.monitor.keep_best else None
             self.keeper.save(self.step, best.step if best else None)
             self._saved_at = self.step
         self._agreement.saved()
-        self._ledger.leave_out(time.monotonic() - begun)
+        self.ledger.leave_out(time.monotonic() - begun)
         if not last:
             return False
         self._agreement.now()  # all ranks have begun
@@ -209,7 +212,7 @@ class Session:
                 self._agreement.ask(Stop.STORAGE)
 
     def _log(self) -> None:
-        values = self._ledger.close()
+        values = self.ledger.close()
         if values is not None:
             self._emit("train", values | (self._report() if self._report is not None else {}))
 
@@ -220,7 +223,7 @@ class Session:
             for learner in self.learners:
                 stack.enter_context(learner.strategy.whole())
             self._judge(self._evaluation)
-        self._ledger.restart_clock()
+        self.ledger.restart_clock()
         return self.judge.enough()
 
     def _judge(self, evaluation: Evaluation) -> None:
@@ -236,7 +239,7 @@ class Session:
             learner.schedule.observe(cost)
         self._emit("evaluate", metrics | {"best": better})
         if better and self.judge.monitor.keep_best:
-            self._write_models()
+            self._keep_best()
 
     def _finish(self, reason: str, exit_code: int, seconds: float) -> Result:
         judge, best = self.judge, self.judge.best
@@ -273,6 +276,15 @@ class Session:
                 make_durable(self.directory / name)
         self._emit("end", result.as_dict())
         return result
+
+    def _keep_best(self) -> None:
+        """Write the models as they are; a disk that is full now may not be so later."""
+        try:
+            self._write_models()
+        except StorageError as failure:
+            if self.keeper is None:
+                raise
+            self.keeper.saver.miss(self.step, str(failure))
 
     def _write_models(self) -> None:
         """Write the models as they are, on rank 0."""

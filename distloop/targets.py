@@ -28,6 +28,7 @@ def resumed(target: str | None, resume: str | None, arguments: list[str]) -> tup
             "command line: TARGET is missing: what is to be trained? settings come behind it (or --resume PATH)"
         )
     path = Path(resume)
+    path = path if path.name not in ("", "..") else path.absolute()
     run = path.parent.parent if path.parent.name == "checkpoints" else path
     if not _is(run / "config.yaml"):
         raise ConfigError(f"command line --resume: {brief(resume)}: is no run directory: it has no config.yaml")

@@ -40,7 +40,7 @@ FLOORS = [
     ["checkpoint", "recording", "own_state"],
     ["loop"],
     ["agreement", "ledger", "evaluation", "records", "monitor", "limits", "saver", "heartbeat", "replicas"],
-    ["keeper"],
+    ["resumed", "keeper"],
     ["session"],
     ["observers", "tasks"],
     ["values", "yaml_file", "layers", "resolved", "config", "settings"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ from distloop.build.run_directory import RunDirectory
 from distloop.data import derive_seed
 from distloop.errors import found_by_all
 from distloop.evaluation import Evaluation
-from distloop.keeper import Resumed
 from distloop.learner import Learner
 from distloop.ledger import Ledger
 from distloop.limits import Limits
@@ -42,6 +42,7 @@ from distloop.observers import make_observers
 from distloop.optimizer import Optimizer
 from distloop.records import Observer
 from distloop.replicas import compare as compare_replicas
+from distloop.resumed import Resumed
 from distloop.session import Session
 from distloop.settings import Resolved
 from distloop.site import Site
@@ -97,15 +98,17 @@ class Builder:
     def session(self, place: Place, observers: Sequence[Observer] = ()) -> Session:
         """Build everything, or what a checkpoint says of it; call it on every rank at the same time."""
         agree_on(place.transport, self._run_facts(), "the configuration")
-        directory = run_directory.find(self.config, place.world, place.transport)
-        try:
-            return self._session(place, directory, observers)
-        except BaseException:
+        with ExitStack() as stack:
+            directory = run_directory.find(self.config, place.world, place.transport)
             if directory is not None:
-                directory.close()
-            raise
+                stack.callback(directory.close)
+            session = self._session(place, directory, observers, stack)
+            session.on_close = stack.pop_all()
+        return session
 
-    def _session(self, place: Place, directory: RunDirectory | None, observers: Sequence[Observer]) -> Session:
+    def _session(
+        self, place: Place, directory: RunDirectory | None, observers: Sequence[Observer], stack: ExitStack
+    ) -> Session:
         resumed = None if directory is None or directory.checkpoint is None else Resumed(directory.checkpoint)
         notes: list[str] = []
         if resumed is not None:
@@ -120,12 +123,15 @@ class Builder:
         turns = self._turns(task, strategies, steps_of(self.config, fed.steps))
         evaluation = make_evaluation(task, place, self.config)
         monitored = describe_monitor(self.resolved, evaluation)
-        directory = directory or run_directory.make(self.config, place.world, place.transport)
+        if directory is None:
+            directory = run_directory.make(self.config, place.world, place.transport)
+            stack.callback(directory.close)
         session = self._make_session(task, turns, fed, evaluation, place, directory.path, observers)
-        session.on_close.callback(directory.close)
         keeper = make_keeper(session, task, fed, place, directory, self.resolved)
         if resumed is not None:
             keeper.restore(resumed)
+            if self.config.monitor.keep_best and not keeper.has_best(resumed):
+                session.judge.best = None  # it was not kept, so it cannot be returned to
         if self.config.checkpoint.enabled:
             session.keeper = keeper
         if place.world.rank == 0:

@@ -21,6 +21,7 @@ from distloop.errors import ConfigError, DataError, MismatchError
 from distloop.evaluation import as_pair, totals
 from distloop.loading import Loading
 from distloop.messages import agree_on
+from distloop.own_state import generators
 from distloop.plan import Plan
 from distloop.site import Site
 from distloop.uneven import PerRank, UnevenBatches
@@ -57,6 +58,8 @@ class Fed:
         self._seconds = 0.0
         self._own: PerRank | None = None  # what this rank collected for itself
         self._facts: dict[str, Any] = {}  # of a data set that is the same on all ranks
+        self._steady = False  # whether the data set was the same in the epoch before
+        self._generators: dict[str, Any] | None = None
         self._resumed: Resumed | None = None
         self.notes: list[str] = []  # on what could not be gone on with
 
@@ -75,17 +78,18 @@ class Fed:
         if isinstance(self._fed, Regrouped):
             parts = self._fed.owns if self._place.world.rank == 0 else []
             own = {"passes": self._fed.passes, "kept": "regrouped", "parts": parts}
+        elif hasattr(self._task, "recall"):
+            own = {"passes": 1, "kept": "recalled"}
         elif self._own is not None:
             own = {"passes": self._own.passes, "kept": "nothing"}
-            if hasattr(self._task, "recall"):
-                own["kept"] = "recalled"
-            elif self._own.samples is None or type(self._own.samples) is TensorDataset:
+            if self._own.samples is None or type(self._own.samples) is TensorDataset:
                 own |= {"kept": "all", "tensors": list(self._own.samples.tensors) if self._own.samples else []}
-        return {"epoch": self._epoch, "own": own, "facts": self._facts, "steps": self.steps}
+        state = {"own": own, "facts": self._facts, "steady": self._steady, "steps": self.steps}
+        return state | ({"generators": self._generators} if self._generators is not None else {})
 
     def load_states(self, states: Sequence[Mapping[str, Any]], rank: int, ranks: int) -> None:
         """Go on from the states of all ranks of then; :meth:`begin` says where."""
-        self._resumed = Resumed(states, self._config, self._options())
+        self._resumed = Resumed(states, self._config, self._options(), self._place)
         self.steps = states[0]["steps"]
 
     def begin(self, epoch: int, start: int) -> None:
@@ -93,8 +97,9 @@ class Fed:
         if self._resumed is None:
             return
         self._resumed.begin(epoch, start)
-        if (facts := self._resumed.facts) and self._resumed.epoch is not None:
-            self.collect(self._resumed.epoch)
+        # What a data set was in another epoch tells something of this one only if it was always the same.
+        if (facts := self._resumed.facts) and (start or self._resumed.steady):
+            self.collect(epoch)
             for name, was in facts.items():
                 if (now := self._facts.get(name)) != was:
                     raise DataError(f"the data set has changed since the checkpoint: {name} was {was} and is {now}")
@@ -156,8 +161,11 @@ class Fed:
                 "ranks; return a data set that is the same on every rank, or turn it off",
                 everywhere=True,
             )
+        self._generators = generators(self._place.device) if kind == 2 else None  # its extract may draw from them
         if kind == 0 and data is self._data and size == self._size:
+            self._steady = True
             return
+        self._steady = False
         self._data, self._size = (data, size) if kind == 0 else (None, None)
         if own:
             self._fed = self._uneven(data, [count for *_, count in rows])

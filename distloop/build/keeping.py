@@ -14,7 +14,8 @@ from distloop.build.feeding import Fed
 from distloop.build.place import Place
 from distloop.build.run_directory import RunDirectory
 from distloop.build.task_state import ObserverStates, TaskState
-from distloop.keeper import Keeper, Resumed
+from distloop.keeper import Keeper
+from distloop.resumed import Resumed
 from distloop.saver import Keep, Saver
 from distloop.session import Session
 from distloop.settings import Resolved
@@ -45,7 +46,12 @@ def make_keeper(
         session.files,
         config.train.seed,
         shared={"session": session},
-        own={"observers": ObserverStates(session.observers), "task": TaskState(task), "data": fed},
+        own={
+            "observers": ObserverStates(session.observers),
+            "ledger": session.ledger,
+            "task": TaskState(task),
+            "data": fed,
+        },
         described=lambda: {"configuration": values_of(resolved)},
         facts=facts,
         grace=config.checkpoint.grace,

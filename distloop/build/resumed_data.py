@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from distloop.build.place import Place
 from distloop.config import Config
 from distloop.data import Assembly, Cut, Minibatch
 from distloop.loading import Loading
+from distloop.own_state import generators, set_generators
 from distloop.uneven import PerRank, UnevenBatches
 from distloop.world import World
 
@@ -24,13 +26,14 @@ class Resumed:
         states: of all ranks of then.
         config: of the run.
         options: see :class:`distloop.data.Assembly`.
+        place: of this rank.
     """
 
-    def __init__(self, states: Sequence[Mapping[str, Any]], config: Config, options: Mapping[str, Any]):
-        self._states, self._config, self._options = states, config, dict(options)
+    def __init__(self, states: Sequence[Mapping[str, Any]], config: Config, options: Mapping[str, Any], place: Place):
+        self._states, self._config, self._options, self._place = states, config, dict(options), place
         first = states[0]
-        self.epoch: int | None = first["epoch"]
         self.facts: dict[str, Any] = first["facts"]
+        self.steady: bool = first["steady"]
         self._kept = None if first["own"] is None else first["own"]["kept"]
         self._following, self._start = 0, 0
 
@@ -65,14 +68,20 @@ class Resumed:
 
     def rest(self, dataset: Any, epoch: int) -> Any:
         """Return what is left of ``dataset`` in ``epoch``."""
-        return _Rest(dataset, self._start) if self.begins_within(epoch) and not self.lost else dataset
+        if not self.begins_within(epoch) or self.lost:
+            return dataset
+        rank, same = self._place.world.rank, len(self._states) == self._place.world.size
+        return _Rest(dataset, self._start, self._states[rank].get("generators") if same else None, self._place.device)
 
 
 class _Rest:
-    """A data set without its first global batches."""
+    """A data set without its first global batches.
 
-    def __init__(self, dataset: Any, start: int):
-        self._dataset, self._start = dataset, start
+    A user's own ``extract`` goes through them again, with the generators as they were at first where that is known.
+    """
+
+    def __init__(self, dataset: Any, start: int, drawn: Mapping[str, Any] | None, device: torch.device):
+        self._dataset, self._start, self._drawn, self._device = dataset, start, drawn, device
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._dataset, name)
@@ -80,7 +89,14 @@ class _Rest:
     def extract(self, epoch: int, world: World) -> Iterator[Minibatch]:
         if isinstance(self._dataset, Assembly):
             return self._dataset.extract(epoch, world, self._start)
-        return islice(self._dataset.extract(epoch, world), self._start, None)
+        now = generators(self._device)
+        if self._drawn is not None:
+            set_generators(self._drawn, self._device)
+        minibatches: Iterator[Minibatch] = iter(self._dataset.extract(epoch, world))
+        for _ in islice(minibatches, self._start):
+            pass
+        set_generators(now, self._device)
+        return minibatches
 
 
 class Regrouped(Assembly):

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 import secrets
-import socket
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from distloop.build import attempts
 from distloop.build.method import as_read
 from distloop.checkpoints import Checkpoint, Checkpoints, RunLock
 from distloop.config import Config
 from distloop.errors import CheckpointError, ConfigError, DistloopError, StorageError, by_exit_code
+from distloop.keeper import PINNED
 from distloop.messages import gather_json
 from distloop.settings import Resolved
 from distloop.transports import Transport
 from distloop.world import World
 
-RUN, CHECKPOINTS = "run.json", "checkpoints"
+CHECKPOINTS = "checkpoints"
 AUTO = "auto"
 
 
@@ -59,6 +57,7 @@ def find(config: Config, world: World, transport: Transport) -> RunDirectory | N
     """
     found, said = None, None
     if world.rank == 0:
+        attempts.begin()
         found, said = _said(lambda: _find(config, world))
     return _told(found, said, transport)
 
@@ -83,8 +82,13 @@ def write_configuration(directory: Path, resolved: Resolved) -> None:
 
     values = as_read(resolved)
     values["checkpoint"].pop("resume")  # how this attempt began is not how the next one does
-    with (directory / "config.yaml").open("w", encoding="utf-8") as file:
-        YAML(typ="safe", pure=True).dump(values, file)
+    partial = directory / ".config.yaml.partial"
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            YAML(typ="safe", pure=True).dump(values, file)
+        partial.replace(directory / "config.yaml")
+    except OSError as failure:
+        raise StorageError(f"{directory / 'config.yaml'}: cannot be written: {failure.strerror}") from failure
 
 
 def _said(work: Any) -> tuple[RunDirectory | None, Any]:
@@ -127,22 +131,23 @@ def _told(found: RunDirectory | None, said: Any, transport: Transport) -> RunDir
 
 def _find(config: Config, world: World) -> RunDirectory | None:
     resume = config.checkpoint.resume
+    if (path := attempts.earlier(config, world)) is not None:
+        return _enter(path, None, world)  # whatever its first attempt was told to begin with
     if resume is None:
-        path = _earlier_attempt(config, world)
-    elif resume == AUTO:
+        return None
+    if resume == AUTO:
         if config.log.name is None:
             raise ConfigError("checkpoint.resume: auto finds a run by its name: set log.name, or give the run's path")
         path = Path(config.log.directory, config.log.name)
-        path = path if path.exists() else None
+        if not path.exists():
+            return None
     else:
         path = Path(resume)
         if not path.is_dir():
             raise ConfigError(f"checkpoint.resume: {path}: there is no such directory (auto, or the path of a run)")
-    if path is None:
-        return None
     chosen = path if path.name.startswith("step-") and path.parent.name == CHECKPOINTS else None
     run = path.parent.parent if chosen is not None else path
-    if resume not in (None, AUTO) and not (run / CHECKPOINTS).is_dir():
+    if resume != AUTO and not (run / CHECKPOINTS).is_dir():
         raise ConfigError(f"checkpoint.resume: {run}: is no run with checkpoints")
     return _enter(run, chosen, world)
 
@@ -151,7 +156,7 @@ def _enter(path: Path, chosen: Path | None, world: World) -> RunDirectory:
     """Take an earlier run's directory, and find what to go on from."""
     lock = RunLock(path, job=_job())
     try:
-        known = _run_json(path)
+        known = attempts.known_of(path)
         found = RunDirectory(path, known.get("run_id") or secrets.token_hex(8), _token(), lock=lock)
         found.notes += [lock.note] if lock.note else []
         checkpoints = found.checkpoints
@@ -162,8 +167,12 @@ def _enter(path: Path, chosen: Path | None, world: World) -> RunDirectory:
         if chosen is not None:
             found.notes += _set_newer_aside(checkpoints, found)
         if found.checkpoint is None:
-            _begin_anew(path)
-        _write_run_json(path, known, found, world)
+            found.notes += _begin_anew(path)
+        for pinned in path.glob(f"{PINNED}*"):  # of a save that was killed
+            pinned.unlink()
+        attempts.note(
+            path, known, found.run_id, found.token, None if found.checkpoint is None else found.checkpoint.step, world
+        )
     except BaseException:
         lock.release()
         raise
@@ -179,11 +188,19 @@ def _set_newer_aside(checkpoints: Checkpoints, found: RunDirectory) -> list[str]
     return [f"checkpoints of later steps are in quarantine/: {', '.join(map(str, newer))}"] if newer else []
 
 
-def _begin_anew(path: Path) -> None:
-    """Forget what an attempt without a checkpoint has logged."""
-    for old in (path / "metrics.jsonl", *path.glob("logs/*.log")):
-        old.unlink(missing_ok=True)
+def _begin_anew(path: Path) -> list[str]:
+    """Put aside what an attempt without a checkpoint has left; refuse to write over a run that came to its end."""
+    if (path / "result.json").exists():
+        raise ConfigError(
+            f"checkpoint.resume: {path}: this run has ended, and has no checkpoint to go on from: take another log.name"
+        )
+    kept = []
+    for old in (path / "metrics.jsonl", *path.glob("logs/rank_*.log")):
+        if old.exists():
+            old.replace(old.with_name(f"{old.stem}.before{old.suffix}"))
+            kept.append(old.name)
     (path / "logs").mkdir(exist_ok=True)
+    return [f"there is no checkpoint yet; what was logged is kept as {kept[0]}, with .before"] if kept else []
 
 
 def _make(config: Config, world: World) -> RunDirectory:
@@ -197,9 +214,13 @@ def _make(config: Config, world: World) -> RunDirectory:
     except OSError as error:
         raise StorageError(f"log.directory: {path} cannot be made: {error.strerror}") from error
     lock = RunLock(path, job=_job())
-    found = RunDirectory(path, secrets.token_hex(8), _token(), lock=lock, notes=[lock.note] if lock.note else [])
-    _probe(path)
-    _write_run_json(path, {}, found, world)
+    try:
+        found = RunDirectory(path, secrets.token_hex(8), _token(), lock=lock, notes=[lock.note] if lock.note else [])
+        _probe(path)
+        attempts.note(path, {}, found.run_id, found.token, None, world)
+    except BaseException:
+        lock.release()
+        raise
     return found
 
 
@@ -219,61 +240,6 @@ def _probe(path: Path) -> None:
         renamed.unlink()
     except OSError as failure:
         raise StorageError(f"{path}: cannot be written into: {failure.strerror}") from failure
-
-
-def _write_run_json(path: Path, known: Mapping[str, Any], found: RunDirectory, world: World) -> None:
-    attempt = {
-        "token": found.token,
-        "begun": datetime.now(UTC).isoformat(timespec="seconds"),
-        "host": socket.gethostname(),
-        "ranks": world.size,
-        "launch": _launch(world),
-        "resumed_step": None if found.checkpoint is None else found.checkpoint.step,
-    }
-    created = known.get("created") or attempt["begun"]
-    values = {"run_id": found.run_id, "created": created, "attempts": [*known.get("attempts", []), attempt]}
-    partial = path / f".{RUN}.partial"
-    try:
-        partial.write_text(json.dumps(values, indent=2) + "\n")
-        partial.replace(path / RUN)
-    except OSError as failure:
-        raise StorageError(f"{path / RUN}: cannot be written: {failure.strerror}") from failure
-
-
-def _run_json(path: Path) -> dict[str, Any]:
-    try:
-        known = json.loads((path / RUN).read_text())
-    except OSError as failure:
-        if failure.errno not in (errno.ENOENT, errno.ENOTDIR):
-            raise StorageError(f"{path / RUN}: cannot be read: {failure.strerror}") from failure
-        return {}
-    except ValueError:
-        return {}
-    return known if isinstance(known, dict) and isinstance(known.get("attempts", []), list) else {}
-
-
-def _earlier_attempt(config: Config, world: World) -> Path | None:
-    """Return the directory in which this very launch has run before, if a launcher restarts its ranks."""
-    launch = _launch(world)
-    if launch is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        return None
-    for path in sorted(Path(config.log.directory).glob(f"*/{RUN}"), key=lambda p: p.stat().st_mtime, reverse=True):
-        attempts = _run_json(path.parent).get("attempts", [])
-        if any(isinstance(attempt, dict) and attempt.get("launch") == launch for attempt in attempts):
-            return path.parent
-    return None
-
-
-def _launch(world: World) -> str | None:
-    """Return what tells one launch of torchrun from others: its process, as long as it lives."""
-    if world.launcher != "torchrun":
-        return None
-    agent = os.getppid()
-    try:
-        begun = Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        begun = ""
-    return f"{socket.gethostname()}/{agent}/{begun}/{os.environ.get('TORCHELASTIC_RUN_ID', '')}"
 
 
 def _job() -> str | None:

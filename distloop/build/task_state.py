@@ -17,16 +17,18 @@ class TaskState:
 
     def __init__(self, task: Any):
         self._task = task
-        if hasattr(task, "state") != hasattr(task, "restore"):
+        both = [callable(getattr(task, name, None)) for name in ("state", "restore")]
+        self._has = all(both)
+        if any(both) and not self._has:
             raise ConfigError(
                 f"task {type(task).__name__}: state() and restore(states) come together: what is saved must come back"
             )
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(self._task.state()) if hasattr(self._task, "state") else {}
+        return dict(self._task.state()) if self._has else {}
 
     def load_states(self, states: Sequence[Mapping[str, Any]], rank: int, ranks: int) -> None:
-        if hasattr(self._task, "restore"):
+        if self._has:
             self._task.restore(states)
 
 
