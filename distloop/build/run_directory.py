@@ -8,6 +8,7 @@ import os
 import secrets
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +24,7 @@ from distloop.transports import Transport
 from distloop.world import World
 
 RUN, CHECKPOINTS = "run.json", "checkpoints"
+UNFINISHED = (".best-*", ".probe-*", ".*.partial")  # files that an attempt which was killed may leave
 AUTO = "auto"
 
 
@@ -153,6 +155,7 @@ def _enter(path: Path, chosen: Path | None, world: World) -> RunDirectory:
         found.notes += [lock.note] if lock.note else []
         checkpoints = found.checkpoints
         checkpoints.clean()
+        _clean(path)
         found.checkpoint = checkpoints.newest() if chosen is None else checkpoints.open(chosen)
         found.notes += [f"damaged, set aside: {reason}" for _, reason in checkpoints.damaged]
         _probe(path)
@@ -165,6 +168,13 @@ def _enter(path: Path, chosen: Path | None, world: World) -> RunDirectory:
         lock.release()
         raise
     return found
+
+
+def _clean(path: Path) -> None:
+    """Remove what attempts that are dead have left beside the checkpoints."""
+    for left in (left for pattern in UNFINISHED for left in path.glob(pattern)):
+        with suppress(OSError):  # it takes room, and does no other harm
+            left.unlink()
 
 
 def _set_newer_aside(checkpoints: Checkpoints, found: RunDirectory) -> list[str]:
