@@ -422,6 +422,15 @@ def test_the_best_model_and_the_patience_come_back(tmp_path: Path) -> None:
     assert not list((tmp_path / "b" / "run").glob(".best*")), "nothing is left over"
 
 
+def test_what_a_killed_attempt_has_left_is_removed(tmp_path: Path) -> None:
+    run(1, tmp_path, make=plain, stop=5)
+    left = [".best-00000004-model.safetensors", ".probe-1234abcd", ".model.safetensors.partial"]
+    for name in left:
+        (tmp_path / "run" / name).write_bytes(b"")
+    run(1, tmp_path, make=plain, checkpoint={"resume": "auto"})
+    assert not [name for name in left if (tmp_path / "run" / name).exists()]
+
+
 def test_a_checkpoint_of_choice(tmp_path: Path) -> None:
     (_, expected), *_ = run(1, tmp_path / "a", make=plain)
     run(1, tmp_path / "b", make=plain, checkpoint={"every_steps": 6, "keep_last": 9})

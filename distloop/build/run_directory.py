@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +22,7 @@ from distloop.transports import Transport
 from distloop.world import World
 
 CHECKPOINTS = "checkpoints"
+UNFINISHED = (f"{PINNED}*", ".probe-*", ".*.partial")  # files that an attempt which was killed may leave
 AUTO = "auto"
 
 
@@ -161,6 +163,7 @@ def _enter(path: Path, chosen: Path | None, world: World) -> RunDirectory:
         found.notes += [lock.note] if lock.note else []
         checkpoints = found.checkpoints
         checkpoints.clean()
+        _clean(path)
         found.checkpoint = checkpoints.newest() if chosen is None else checkpoints.open(chosen)
         found.notes += [f"damaged, set aside: {reason}" for _, reason in checkpoints.damaged]
         _probe(path)
@@ -168,8 +171,6 @@ def _enter(path: Path, chosen: Path | None, world: World) -> RunDirectory:
             found.notes += _set_newer_aside(checkpoints, found)
         if found.checkpoint is None:
             found.notes += _begin_anew(path)
-        for pinned in path.glob(f"{PINNED}*"):  # of a save that was killed
-            pinned.unlink()
         attempts.note(
             path, known, found.run_id, found.token, None if found.checkpoint is None else found.checkpoint.step, world
         )
@@ -177,6 +178,13 @@ def _enter(path: Path, chosen: Path | None, world: World) -> RunDirectory:
         lock.release()
         raise
     return found
+
+
+def _clean(path: Path) -> None:
+    """Remove what attempts that are dead have left beside the checkpoints."""
+    for left in (left for pattern in UNFINISHED for left in path.glob(pattern)):
+        with suppress(OSError):  # it takes room, and does no other harm
+            left.unlink()
 
 
 def _set_newer_aside(checkpoints: Checkpoints, found: RunDirectory) -> list[str]:
