@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, TensorDataset
 import distloop
 from distloop.averages import MovingAverage
 from distloop.build import Builder, Place
-from distloop.checkpoints import Disk, RunLock
+from distloop.checkpoints import Checkpoints, Disk, RunLock
 from distloop.errors import BusyError, CheckpointError, ConfigError, DataError, NonFiniteError
 from distloop.settings import from_mapping, resolve
 from distloop.transports import Alone, ThreadCluster, Transport
@@ -493,3 +493,166 @@ def test_a_model_that_is_not_finite_is_not_kept(tmp_path: Path, capsys: pytest.C
         run(1, tmp_path, make=make, checkpoint={"every_steps": 4, "background": False})
     assert checkpoints(tmp_path) == ["step-00000004", "step-00000008"]
     assert "checkpoint of step 12: 0.bias has values that are NaN or infinite" in capsys.readouterr().err
+
+
+# -- what a review found ----------------------------------------------------------------------------------------------
+
+
+class Masked(nn.Module):
+    """With a mask of minus infinity, as attention has it, and a parameter that is one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * self.scale
+
+
+def masked() -> Task:
+    task = plain()
+    torch.manual_seed(0)
+    task.learned.model = Masked()
+    return task
+
+
+@pytest.mark.parametrize("strategy", ["naive", "zero_offload"])
+def test_masks_of_infinity_and_single_numbers_go_on(tmp_path: Path, strategy: str) -> None:
+    changes = {"strategy": {"name": strategy}}
+    (_, expected), *_ = run(2, tmp_path / "a", make=masked, **changes)
+    for stop in (5, 17, None):
+        (result, found), *_ = run(2, tmp_path / "b", make=masked, stop=stop, **changes, checkpoint={"resume": "auto"})
+    assert result.exit_code == 0
+    for key, value in expected.items():
+        assert torch.equal(value, found[key]), key
+
+
+def test_a_delayed_update_is_not_lost_without_delay(tmp_path: Path) -> None:
+    run(1, tmp_path, make=plain, stop=5, strategy={"name": "zero_offload", "delayed_update": True})
+    checkpoint = Checkpoints(tmp_path / "run" / "checkpoints").newest()
+    assert checkpoint is not None
+    master = checkpoint.read("optimizer/model/0.weight/master")
+    assert not torch.equal(checkpoint.read("0.weight"), master), "the model is one update behind"
+    seen: list[Tensor] = []
+
+    def make() -> Task:
+        task = plain()
+        inner = task.learned.guess
+        task.learned.guess = lambda batch: seen.append(task.learned.model[0].weight.detach().clone()) or inner(batch)
+        return task
+
+    run(1, tmp_path, make=make, checkpoint={"resume": "auto"})
+    assert torch.equal(seen[0], master)
+
+
+def test_a_best_model_that_was_not_kept_is_not_returned_to(tmp_path: Path) -> None:
+    evaluate = {"evaluate": {"every_steps": 3}}
+    run(1, tmp_path, make=plain, stop=11, **evaluate, monitor={"keep_best": False})
+    changes = {"monitor": {"keep_best": True}, "checkpoint": {"resume": "auto", "every_steps": 1}}
+    (result, _), *_ = run(1, tmp_path, make=plain, **evaluate, **changes)
+    assert result.exit_code == 0 and result.best_step is not None and result.best_step > 11
+
+
+def test_a_run_that_has_ended_without_checkpoints_is_not_written_over(tmp_path: Path) -> None:
+    run(1, tmp_path, make=plain, checkpoint={"enabled": False})
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(ConfigError, match="this run has ended, and has no checkpoint"):
+        run(1, tmp_path, make=plain, checkpoint={"resume": "auto"})
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_lock_is_let_go_of_when_building_fails(tmp_path: Path) -> None:
+    def unfit() -> Any:
+        task = plain()
+        task.state = lambda: {}  # type: ignore[attr-defined]
+        return task
+
+    with pytest.raises(ConfigError, match="come together"):
+        run(1, tmp_path, make=unfit)
+
+    def fit() -> Any:
+        task = plain()
+        task.state = "idle"  # type: ignore[attr-defined]  # a word of the user's own
+        return task
+
+    run(1, tmp_path, make=fit, checkpoint={"resume": "auto"})
+
+
+@pytest.mark.parametrize(
+    ("shape", "sentence"), [((1,), None), ((4,), r"'kept' has shape \(1,\) there and \(4,\) here"), (None, None)]
+)
+def test_buffers_are_compared_too(tmp_path: Path, shape: Any, sentence: str | None) -> None:
+    def make(size: Any) -> Any:
+        task = plain()
+        if size is not None:
+            task.learned.model.register_buffer("kept", torch.ones(size))
+        return task
+
+    run(1, tmp_path, make=lambda: make((1,)), stop=5)
+    if sentence is None or shape is None:
+        run(1, tmp_path, make=lambda: make(shape), checkpoint={"resume": "auto"})
+    else:
+        with pytest.raises(ConfigError, match=sentence):
+            run(1, tmp_path, make=lambda: make(shape), checkpoint={"resume": "auto"})
+
+
+class Grouped(torch.optim.SGD):
+    """Remembers something of all its parameters at once, as learning rates that find themselves do."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["seen"] = group.get("seen", 0.0) + 1.0
+            for parameter in group["params"]:
+                parameter.data.add_(parameter.grad, alpha=-group["lr"] / group["seen"])
+
+
+def test_what_an_optimizer_remembers_of_all_goes_on(tmp_path: Path) -> None:
+    changes = {"optimizer": {"name": "tests.test_resume:Grouped", "lr": 0.3, "weight_decay": 0.0}}
+    (_, expected), *_ = run(2, tmp_path / "a", make=plain, **changes)
+    for stop in (5, 17, None):
+        (_, found), *_ = run(2, tmp_path / "b", make=plain, stop=stop, **changes, checkpoint={"resume": "auto"})
+    for key, value in expected.items():
+        assert torch.equal(value, found[key]), key
+
+
+def test_an_extract_of_the_users_own_goes_on(tmp_path: Path) -> None:
+    from distloop.data import MicroBatch, Minibatch, Position
+
+    class Own:
+        def __init__(self, data: Any):
+            self.data = data
+
+        def extract(self, epoch: int, world: World) -> Any:
+            parts = torch.randperm(40).split(8)
+            for i, part in enumerate(parts):
+                batch = tuple(t[part] for t in self.data.tensors)
+                yield Minibatch(Position(i, 8, i == 4), [MicroBatch(batch, 1.0, True)])
+
+    def make() -> Task:
+        task = plain()
+        task.learned.model.append(nn.Dropout(0.1))
+        data = Own(task.train)
+        task.collect = lambda epoch: data  # type: ignore[method-assign]
+        return task
+
+    steps = {"schedule": {"name": "constant"}}
+    (_, expected), *_ = run(1, tmp_path / "a", make=make, **steps)
+    for stop in (2, 8, None):
+        (_, found), *_ = run(1, tmp_path / "b", make=make, stop=stop, **steps, checkpoint={"resume": "auto"})
+    for key, value in expected.items():
+        assert torch.equal(value, found[key]), key
+
+
+def test_a_state_is_packed_as_it_is_or_refused() -> None:
+    from distloop.own_state import pack, unpack
+
+    state = {"tensor": torch.ones(3), "deep": [{"tensor": 1}, torch.arange(2), None, "text", 2.5, True]}
+    packed, tensors = pack("own", state)
+    by_name = {stored.name: stored.tensor for stored in tensors}
+    back = unpack(packed, by_name.__getitem__)
+    assert torch.equal(back["tensor"], torch.ones(3)) and back["deep"][0] == {"tensor": 1}
+    for bad in ({1: 2}, {"a/b": 1}, {"a": object()}, {"$tensor": 1}):
+        with pytest.raises(ConfigError, match="own"):
+            pack("own", bad)
