@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import statistics
 import sys
@@ -126,6 +127,7 @@ def measure(name: str, steps: int, transport: Any, world: Any) -> dict[str, Any]
         saves.append((held, held + sum(after) - plain * len(after)))
     kept = list((safe.directory / "checkpoints").glob("step-*"))
     nbytes = sum(file.stat().st_size for file in kept[0].iterdir()) if world.rank == 0 else 0
+    shutil.rmtree(folder, ignore_errors=True)
     return {"rows": rows, "saves": saves, "bytes": nbytes, "plain": plain}
 
 
