@@ -259,7 +259,7 @@ def _lived_through(run: Run, harm: Harm, figures: Figures, count: int, worlds: l
         if harming:
             steps = {attempt.last(rank) for rank in range(attempt.world)}
             figures.disagreements += set(attempt.codes) == {REQUEUE} and len(steps) > 1
-            trained = "" if attempt.told.get("trains", True) else ", before the training"
+            trained = "" if attempt.told.get("trains", True) else ", before a step"
             outcome = " and ".join(map(str, sorted(set(attempt.codes)))) + trained
             figures.outcomes[outcome] = figures.outcomes.get(outcome, 0) + 1
         if attempt.over:
