@@ -232,7 +232,7 @@ def test_what_was_learned_moves_between_stages(together: list[Any]) -> None:
         if case.rule == "adamw":
             expected = plain_adamw(case, steps=3)
             for name, tensors in state.items():
-                assert tensors.keys() == {"values", "exp_avg", "exp_avg_sq"}
+                assert tensors.keys() == {"values", "exp_avg", "exp_avg_sq", "step"}
                 for key, tensor in tensors.items():
                     assert torch.allclose(tensor, expected[name][key], rtol=1e-4, atol=1e-7), (name, key)
 

@@ -208,7 +208,7 @@ def test_ranks_end_with_their_launcher(tmp_path: Path, ranks: int) -> None:
 def test_torchrun_restarts_form_anew_and_go_on(tmp_path: Path) -> None:
     variables = {"FAULT": "kill", "FAULT_RANK": "1", "FAULT_ATTEMPTS": "1"}
     task = ("-m", "distloop", "train", "tests.faulty_tasks:Faulty", *QUIET, "--train.epochs", "3")
-    task += ("--checkpoint.every_steps", "2")
+    task += ("--checkpoint.every_steps", "2", "--checkpoint.background", "false")
     with torchrun(tmp_path, "--max-restarts", "1", *task, **variables) as launcher:
         code = launcher.wait(100)
     out = (tmp_path / "out").read_text()

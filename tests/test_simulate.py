@@ -86,7 +86,10 @@ def test_numbers_are_those_of_as_many_processes(tmp_path: Path) -> None:
     assert end.code == 0, end.err
     _, threads = simulated(tmp_path, 3, "digits", **SHORT | {"task": OPTIONS["digits"]})
     assert len(threads) >= 4
-    assert threads == records(tmp_path / "processes" / "runs" / "run")
+    processes = records(tmp_path / "processes" / "runs" / "run")
+    for row in (*threads, *processes):
+        row.pop("bytes", None)  # of a checkpoint, which also has paths and the name of the launcher
+    assert threads == processes
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -212,7 +215,7 @@ def test_who_quits_the_debugger_ends_the_run(tmp_path: Path) -> None:
 
 def test_ctrl_c_ends_all_ranks_at_the_same_step(tmp_path: Path) -> None:
     done = of_ones_own(tmp_path, "interrupt", "--train.epochs", "100000")
-    assert done.returncode == 128 + signal.SIGINT, done.stdout + done.stderr
+    assert done.returncode == 75, done.stdout + done.stderr
     assert "interrupted (Ctrl-C)" in done.stdout
     run = tmp_path / "runs" / "run"
     steps = json.loads((run / "result.json").read_text())["steps"]
