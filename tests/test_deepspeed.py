@@ -253,10 +253,8 @@ def plain_adamw(case: Case, steps: int) -> dict[str, dict[str, Tensor]]:
         torch.nn.utils.clip_grad_norm_(named.values(), case.clip_norm)
         optimizer.step()
     state = {name: optimizer.state[p] for name, p in named.items()}
-    return {
-        name: {"values": p.detach(), "exp_avg": state[name]["exp_avg"], "exp_avg_sq": state[name]["exp_avg_sq"]}
-        for name, p in named.items()
-    }
+    keys = ("exp_avg", "exp_avg_sq", "step")
+    return {name: {"values": p.detach(), **{key: state[name][key] for key in keys}} for name, p in named.items()}
 
 
 def everything(transport: Transport) -> tuple[Any, Any, Any]:
