@@ -13,7 +13,7 @@ from distloop.build.deterministic import reproducible
 from distloop.collectives.auto import Auto
 from distloop.collectives.auto import calibrate as calibrate_transport
 from distloop.errors import WorldError, found_by_all
-from distloop.failure import parting
+from distloop.failure import lost_peer, parting
 from distloop.heartbeat import Heartbeat
 from distloop.last_words import forget, remember
 from distloop.layers import Setting
@@ -90,7 +90,7 @@ def run(
         if found is failure:
             raise
         raise found from failure
-    place.transport.close()
+    _part(place.transport)
     forget()
     return result
 
@@ -116,8 +116,16 @@ def calibrate(resolved: Resolved, world: World) -> Auto:
         if found is failure:
             raise
         raise found from failure
-    place.transport.close()
+    _part(place.transport)
     return auto
+
+
+def _part(transport: Transport) -> None:
+    """Leave the other ranks, all of whom are done; one may die even now."""
+    try:
+        transport.close()
+    except RuntimeError as failure:
+        raise lost_peer(failure) or failure from failure
 
 
 def simulate(resolved: Resolved, ranks: int, *, observers: Sequence[Observer] = ()) -> Result:

@@ -495,3 +495,17 @@ def test_a_terminated_run_ends_with_its_code_and_its_model(tmp_path: Path) -> No
     assert (result.exit_code, result.reason, result.steps) == (143, "terminated (SIGTERM)", 6)
     assert not (result.directory / "checkpoints").exists()
     assert (result.directory / "model.safetensors").exists()
+
+
+def test_a_rank_that_dies_when_all_are_done_is_told_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last thing that ranks do is to wait for each other; a thousand kills have hit it once."""
+    from distloop.errors import RankDiedError
+
+    def broken(self: Alone, *, failed: bool = False) -> None:
+        raise RuntimeError("[pair.cc:537] Read error [127.0.0.1]:5550: Connection reset by peer. GLHF!")
+
+    monkeypatch.setattr(Alone, "close", broken)
+    with pytest.raises(RankDiedError, match="another rank has ended"):
+        fit(tmp_path)
