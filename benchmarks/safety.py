@@ -87,7 +87,7 @@ def stepping(name: str, folder: str, place: Any, *, safe: bool) -> tuple[Any, Ca
 
     def step() -> None:
         update = next(updates)
-        session._ledger.add(update, session.step + 1, last=True)
+        session.ledger.add(update, session.step + 1, last=True)
         session._after_batch(update)
 
     return session, step
