@@ -47,7 +47,10 @@ def options(kind: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["dqn", "prioritised", "dyna", "actor_critic", "gan"])
 @pytest.mark.parametrize("size", [1, 2])
-def test_what_is_made_on_the_way_goes_on_to_the_bit(tmp_path: Path, kind: str, size: int) -> None:
+def test_what_is_made_on_the_way_goes_on_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, size: int
+) -> None:
+    monkeypatch.setattr("distloop.tasks.gan.JUDGE_EPOCHS", 1)  # it judges, and has no part in the training
     whole = run(size, tmp_path / "a", make=lambda: acting(kind), **options(kind))
     steps = whole[0][0].steps
     assert steps > 8
