@@ -24,12 +24,12 @@ RANKS = 3
 def flips(transport: Transport, count: int, seed: int) -> tuple[int, int]:
     """Return how many of so many flips were found and named, and how many more were gone before anybody looked.
 
-    A counter of updates is a float: a flip of its last bits is rounded away by the next update.
+    A flip of the last bits of an average, or of a counter that is a float, may be rounded away by the next update.
     """
     choose, found, healed = random.Random(seed), 0, 0
     while found < count:
         flipped, said = one_flip(transport, choose, KINDS[found % len(KINDS)])
-        if not said and "optimizer state step" in flipped:
+        if not said and flipped.startswith("optimizer state"):
             healed += 1
         elif flipped not in said:
             break
