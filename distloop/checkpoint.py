@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,14 @@ from distloop.errors import ConfigError, StorageError
 from distloop.transports import Transport
 
 
+def prefixes_of(names: Collection[str]) -> dict[str, str]:
+    """Return by model what its names begin with in a file: its own name, where there are several."""
+    return {name: f"{name}." if len(names) > 1 else "" for name in names}
+
+
 def model_state(models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Return parameters and buffers by name; names start with the model's where there are several."""
-    prefixes = {name: f"{name}." if len(models) > 1 else "" for name in models}
+    prefixes = prefixes_of(models)
     state = {prefixes[name] + key: value for name, model in models.items() for key, value in model.state_dict().items()}
     for key, value in state.items():
         if not isinstance(value, Tensor):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distloop import recording
-from distloop.checkpoint import distinct, model_state
+from distloop.checkpoint import distinct, model_state, prefixes_of
 from distloop.checkpoints import Checkpoint, Stored
 from distloop.data import derive_seed
 from distloop.errors import CheckpointError, ConfigError, DistloopError
@@ -133,7 +133,7 @@ class Keeper:
         stored, tied = distinct(model_state(models))
         contents.files[MODEL] = [Stored(key, tensor) for key, tensor in stored.items()]
         contents.metadata[MODEL] = {"format": "pt", **tied}
-        prefix = {name: f"{name}." if len(models) > 1 else "" for name in models}
+        prefix = prefixes_of(models)
         contents.trained = {prefix[one.name] + key for one in self.turns.learners for key in one.strategy.parameters}
         learned = list(models.values())
         contents.files["extra.safetensors"] = [
@@ -152,13 +152,13 @@ class Keeper:
         with _ours(checkpoint):
             self._check_structure(checkpoint)
             learned = [learner.objective.model for learner in learners]
+            prefixes = prefixes_of([learner.name for learner in learners])
             for learner in learners:
                 learner.load_state_dict(state["learners"][learner.name])
                 numbers: dict[str, Any] = {}
                 for rank in state["ranks"]:
                     numbers |= rank["numbers"].get(learner.name, {})
-                prefix = f"{learner.name}." if len(learners) > 1 else ""
-                recording.restore(learner, checkpoint, numbers, learned, prefix)
+                recording.restore(learner, checkpoint, numbers, learned, prefixes[learner.name])
             self.turns.batches = state["turns"]
             for name, part in self.shared.items():
                 part.load_state_dict(state[name])

@@ -27,9 +27,9 @@ class Site:
     seed: int  # train.seed
     waited: float = 0.0  # seconds in which this rank waited for the others in :meth:`gather`
 
-    def part(self, things: int) -> range:
-        """Return which of ``things``, numbered over all ranks, are this rank's; possibly none."""
-        rank, ranks = self.world.rank, self.world.size
+    def part(self, things: int, rank: int | None = None) -> range:
+        """Return which of ``things``, numbered over all ranks, are this rank's, or ``rank``'s; possibly none."""
+        rank, ranks = self.world.rank if rank is None else rank, self.world.size
         return range(things * rank // ranks, things * (rank + 1) // ranks)
 
     def generator(self, *labels: int | str) -> torch.Generator:

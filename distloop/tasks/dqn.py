@@ -161,7 +161,7 @@ class DQN:
 
     def join(self, site: Site) -> None:
         self._site = site
-        self._numbers = self._share(site.world.rank)
+        self._numbers = site.part(self._environments)
         # Each rank remembers in proportion to the environments that it acts in.
         own = max(1, self._capacity * len(self._numbers) // self._environments)
         seed = site.seed_of("memory", site.world.rank)
@@ -205,7 +205,7 @@ class DQN:
         if len(states) == world.size:
             self.memory.load_state_dict(memories[world.rank])
             return
-        owners = [rank for rank in range(world.size) for _ in range(len(self._share(rank)))]
+        owners = [rank for rank in range(world.size) for _ in self._site.part(self._environments, rank)]
         mine = torch.tensor([owner == world.rank for owner in owners])
         self.memory.take_from(memories, mine)
 
@@ -242,11 +242,6 @@ class DQN:
                 best = anything if random else self._best(self._stream.observations())
                 self.memory.add(*self._stream.step(torch.where(explore, anything, best).tolist()))
             self._acted += 0 if random else self._environments
-
-    def _share(self, rank: int) -> range:
-        """Return the numbers of a rank's environments."""
-        count, ranks = self._environments, self._site.world.size
-        return range(count * rank // ranks, count * (rank + 1) // ranks)
 
     def _best(self, observations: Tensor) -> Tensor:
         values: Tensor = self.learned.model(observations.to(self._site.device))
