@@ -10,6 +10,7 @@ from typing import Any
 
 from distloop.build import Builder, make_place
 from distloop.build.deterministic import reproducible
+from distloop.build.identity import identity
 from distloop.collectives.auto import Auto
 from distloop.collectives.auto import calibrate as calibrate_transport
 from distloop.errors import WorldError, found_by_all
@@ -73,7 +74,7 @@ def run(
     """Run a resolved configuration as the rank that ``world`` says; over ``transport``, if the ranks have one."""
     with found_by_all():
         builder = Builder(resolved, task)
-    place = make_place(resolved.config, world, transport)
+    place = make_place(resolved.config, world, transport, identity(resolved, task) if world.size > 1 else {})
     heartbeat = Heartbeat.begin(world, place.transport, resolved.config.world.heartbeat) if transport is None else None
     try:
         with reproducible(resolved.config):
@@ -105,7 +106,9 @@ def calibrate(resolved: Resolved, world: World) -> Auto:
         raise WorldError("one rank has nobody to sum gradients with: start several, as for train")
     config = resolved.config
     place = make_place(
-        config.model_copy(update={"strategy": config.strategy.model_copy(update={"name": "auto"})}), world
+        config.model_copy(update={"strategy": config.strategy.model_copy(update={"name": "auto"})}),
+        world,
+        facts=identity(resolved),
     )
     try:
         wire = WIRE.get(config.strategy.wire_dtype)

@@ -65,7 +65,7 @@ def parting(failure: BaseException, transport: Transport) -> BaseException:
     and not this one.
     """
     from distloop.heartbeat import Heartbeat, SecondaryError
-    from distloop.transports.process_group import roll_call
+    from distloop.transports.meeting import roll_call
 
     found, heartbeat = lost_peer(failure) or failure, Heartbeat.current()
     if isinstance(found, RankDiedError):
@@ -133,7 +133,7 @@ def _speaks(failure: BaseException) -> bool:
 
 def _company() -> list[ModuleType]:
     """Return the modules of transports through which this process has met other ranks."""
-    modules = [sys.modules.get(f"distloop.transports.{name}") for name in ("process_group", "mpi")]
+    modules = [sys.modules.get(f"distloop.transports.{name}") for name in ("meeting", "mpi")]
     return [module for module in modules if module is not None and module.has_met()]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distloop.errors import MismatchError
+from distloop.errors import DistloopError, MismatchError
 from distloop.transports import Transport
 
 
@@ -19,11 +19,13 @@ def gather_json(transport: Transport, value: Any) -> list[Any]:
     return [json.loads(bytes(row.tolist())) for row in gather_uneven(transport, _bytes(value))]
 
 
-def agree_on(transport: Transport, facts: Mapping[str, Any], what: str) -> None:
+def agree_on(
+    transport: Transport, facts: Mapping[str, Any], what: str, *, error: type[DistloopError] = MismatchError
+) -> None:
     """Check that all ranks know the same facts.
 
     Raises:
-        MismatchError: they do not, on all ranks alike; names the first difference, with both sides.
+        MismatchError: (or ``error``) they do not, on all ranks alike; names the first difference, with both sides.
     """
     own = digest(json.dumps(dict(facts), sort_keys=True))
     every = transport.all_gather(torch.tensor([own], dtype=torch.int64)).wait()
@@ -34,7 +36,7 @@ def agree_on(transport: Transport, facts: Mapping[str, Any], what: str) -> None:
         for key in [*by_rank[0], *theirs]:
             one, other = (json.dumps(facts.get(key), sort_keys=True) for facts in (by_rank[0], theirs))
             if one != other:  # as text, because NaN is not equal to itself
-                raise MismatchError(f"ranks differ in {what}: {key} is {one} on rank 0 and {other} on rank {rank}")
+                raise error(f"ranks differ in {what}: {key} is {one} on rank 0 and {other} on rank {rank}")
 
 
 def digest(text: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from distloop.errors import WorldError
 
@@ -22,20 +22,24 @@ class Launcher:
     local_size: str  # "" where the launcher has no such variable
 
 
-# In order of precedence: torchrun may run inside a Slurm job, so the innermost launcher comes first.
+def _of_mpi(name: str, prefix: str) -> Launcher:
+    return Launcher(
+        name, f"{prefix}_RANK", f"{prefix}_RANK", f"{prefix}_SIZE", f"{prefix}_LOCAL_RANK", f"{prefix}_LOCAL_SIZE"
+    )
+
+
+# In order of precedence: torchrun may run inside a Slurm job, so the innermost launcher comes first. Intel MPI and
+# MVAPICH start by MPICH's process manager and set its variables too: what only they set is asked for before.
 LAUNCHERS = (
     Launcher("torchrun", "RANK", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    Launcher(
-        "Open MPI",
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
+    _of_mpi("Open MPI", "OMPI_COMM_WORLD"),
+    _of_mpi("MVAPICH", "MV2_COMM_WORLD"),
+    Launcher("Intel MPI", "I_MPI_HYDRA_UUID", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     Launcher("MPICH", "PMI_RANK", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    Launcher("Slurm", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""),
     Launcher("Slurm", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", ""),
 )
+MPIS = ("Open MPI", "MVAPICH", "Intel MPI", "MPICH")
 TASKS = "SLURM_STEP_TASKS_PER_NODE"
 LONGEST = 9  # digits
 
@@ -50,11 +54,12 @@ class World:
     local_size: int = 1
     launcher: str = "none"
     host_known: bool = True  # whether the launcher said which ranks share a host
+    because: str = field(default="no launcher's variables are set", compare=False)  # why it is taken for this launcher
 
     @property
     def by_mpirun(self) -> bool:
         """Whether an MPI started these ranks."""
-        return self.launcher in ("Open MPI", "MPICH")
+        return self.launcher in MPIS
 
     @property
     def single_host(self) -> bool:
@@ -69,10 +74,17 @@ class World:
             WorldError: a variable is missing, is not a number, or contradicts another.
         """
         env = os.environ if environment is None else environment
-        for launcher in LAUNCHERS:
-            # One that says how many ranks there are, and not which this is, would have each of them train alone.
-            if launcher.marker in env or (launcher.marker == launcher.rank and launcher.size in env):
-                return cls._from_launcher(launcher, env)
+        # One that says how many ranks there are, and not which this is, would have each of them train alone.
+        there = [one for one in LAUNCHERS if one.marker in env or (one.marker == one.rank and one.size in env)]
+        if there:
+            others = ", ".join(dict.fromkeys(one.name for one in there if one.name != there[0].name))
+            because = f"{there[0].marker} is set" + (f", within {others}" if others else "")
+            return replace(cls._from_launcher(there[0], env), because=because)
+        if "PMIX_RANK" in env:
+            raise WorldError(
+                f"PMIx started this process as rank {_shown(env['PMIX_RANK'])[1:-1]} (PMIX_RANK), and says to MPI "
+                "programs alone of how many: start with mpirun or srun, or set RANK and WORLD_SIZE"
+            )
         return cls()
 
     @classmethod
@@ -110,13 +122,13 @@ def _slurm_tasks(env: Mapping[str, str], launcher: Launcher) -> int | None:
     if TASKS not in env or "SLURM_NODEID" not in env:
         return None
     node, first = _number(env, launcher, "SLURM_NODEID", least=0), 0
-    for part in env[TASKS].split(","):
-        found = re.fullmatch(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?", part)
-        if found is None:
+    parts = [re.fullmatch(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?", part) for part in env[TASKS].split(",")]
+    for part in parts:
+        if part is None or None in parts:
             raise WorldError(f"environment variable {TASKS}={_shown(env[TASKS])} is not like 3(x2),1")
-        first += int(found[2] or 1)
+        first += int(part[2] or 1)
         if node < first:
-            return int(found[1])
+            return int(part[1])
     raise WorldError(f"SLURM_NODEID={node} is outside the {first} nodes of {TASKS}={_shown(env[TASKS])}")
 
 

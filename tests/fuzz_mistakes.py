@@ -152,8 +152,8 @@ def duplicate(draft: Draft, draw: random.Random) -> None:
         draft.names.append("my.yaml:")
     elif how == 1:
         draft.put("file", "log.every", 2)
-        text = draft.text()
-        draft.raw["file"] = text.replace("  every: 2\n", '  every: 2\n  "every": 3\n')
+        lines = draft.text().splitlines(keepends=True)  # of another section it may be the value, too
+        draft.raw["file"] = "".join([*lines[: (at := draft.lines["log.every"])], '  "every": 3\n', *lines[at:]])
         draft.names += [f"my.yaml:{draft.lines['log.every'] + 1}", "duplicate"]
     elif how == 2:
         draft.put("environment", "log.every", 2)

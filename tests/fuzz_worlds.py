@@ -11,9 +11,14 @@ Environment = dict[str, str]
 NAMES = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     "Open MPI": tuple(f"OMPI_COMM_WORLD_{word}" for word in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+    "MVAPICH": tuple(f"MV2_COMM_WORLD_{word}" for word in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+    "Intel MPI": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    "Slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", ""),
+    "Slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""),
+    "old Slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", ""),
 }
+# What is there besides, and tells one from another.
+BESIDES = {"Intel MPI": {"I_MPI_HYDRA_UUID": "911d0000-7c62-308b-cd60-0600043d106a"}}
 NO_NUMBERS = (
     "",
     " ",
@@ -46,7 +51,8 @@ def right(draw: random.Random) -> tuple[str, Environment, tuple[int, int, int, i
     rank, size = host * per_host + local, per_host * hosts
     place = (rank, size, local, per_host)
     env = {name: str(value) for name, value in zip(NAMES[launcher], place, strict=True) if name}
-    if launcher == "Slurm":
+    env |= BESIDES.get(launcher, {})
+    if launcher.endswith("Slurm"):
         tasks = draw.choice((f"{per_host}(x{hosts})", ",".join([str(per_host)] * hosts)))
         env |= {"SLURM_STEP_ID": "0", "SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_NODEID": str(host)}
     return launcher, env, place
@@ -68,6 +74,7 @@ def wrong(draw: random.Random) -> tuple[Environment, list[str]]:
     elif how == 3:
         name = draw.choice((rank_name, size_name))
         del env[name]
+        name = "SLURM_NTASKS" if name == "SLURM_STEP_NUM_TASKS" else name  # what Slurm says in its place
     elif how == 4:
         name = local_name
         env[name] = draw.choice((str(per_host), str(per_host + 3), *TOO_MUCH))
@@ -89,7 +96,7 @@ def wrong(draw: random.Random) -> tuple[Environment, list[str]]:
 def slurm(draw: random.Random) -> tuple[str, Environment, tuple[int, int, int, int]]:
     while True:
         found = right(draw)
-        if found[0] == "Slurm":
+        if found[0].endswith("Slurm"):
             return found
 
 

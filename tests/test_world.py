@@ -86,6 +86,7 @@ def test_single_host() -> None:
             SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x999999999)"},
             "SLURM_LOCALID=1 .*SLURM_STEP_TASKS_PER_NODE=1 allows",
         ),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "3(x2),,2"}, r"SLURM_STEP_TASKS_PER_NODE='3\(x2\),,2' is not like"),
         (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "3x2"}, "SLURM_STEP_TASKS_PER_NODE='3x2' is not like"),
         (SLURM | {"SLURM_NODEID": "9"}, "SLURM_NODEID=9 is outside the 3 nodes"),
         (SLURM | {"SLURM_NODEID": "²"}, "SLURM_NODEID='²'"),

@@ -97,7 +97,6 @@ class Builder:
 
     def session(self, place: Place, observers: Sequence[Observer] = ()) -> Session:
         """Build everything, or what a checkpoint says of it; call it on every rank at the same time."""
-        agree_on(place.transport, self._run_facts(), "the configuration")
         with ExitStack() as stack:
             directory = run_directory.find(self.config, place.world, place.transport)
             if directory is not None:
@@ -272,18 +271,3 @@ class Builder:
             precision=self.config.precision.name,
             unused=self.config.strategy.unused_parameters,
         )
-
-    def _run_facts(self) -> dict[str, Any]:
-        """Return what must be the same on every rank before any of it is used: all that decides what is computed."""
-        own = {
-            "log.directory",
-            "log.name",
-            "log.progress",
-            "log.tensorboard",
-            "log.picture",
-            "log.observers",
-            "checkpoint.resume",
-        }
-        own |= {"world.threads", "data.workers", "data.prefetch", "data.pin_memory", "data.worker_timeout"}
-        values = {dotted: value for dotted, value, _ in self.resolved.rows() if dotted not in own}
-        return values | {"version of torch": torch.__version__}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from distloop.build.deterministic import leaves_of
 from distloop.config import Config
 from distloop.errors import WorldError
+from distloop.messages import agree_on
 from distloop.strategies import torch_collects
 from distloop.strategies.tree import refuse_more_ranks
 from distloop.transports import Alone, Transport
@@ -26,13 +29,16 @@ class Place:
     notes: tuple[str, ...] = ()  # on what was not to be had
 
 
-def make_place(config: Config, world: World, transport: Transport | None = None) -> Place:
+def make_place(
+    config: Config, world: World, transport: Transport | None = None, facts: Mapping[str, Any] | None = None
+) -> Place:
     """Choose the device and the threads, and join the other ranks, unless a ``transport`` reaches them already.
+
+    ``facts`` are what must be the same on all of them.
 
     Raises:
         WorldError: what was asked for is not there.
     """
-    from distloop.transports.join import join
     from distloop.transports.process_group import nccl_unusable
 
     wanted = config.world
@@ -56,9 +62,20 @@ def make_place(config: Config, world: World, transport: Transport | None = None)
     if config.train.deterministic:
         refuse_more_ranks(world.size, leaves_of(config))
     _set_threads(wanted.threads or (1 if config.train.deterministic else None), world)  # bits depend on how many
-    if transport is not None or world.size == 1:
-        return Place(world, transport or Alone(), device)
-    transport, notes = join(
+    notes: list[str] = []
+    if transport is None and world.size > 1:
+        transport, notes = _join(world, config, device, facts or {})
+    transport = transport or Alone()
+    # Ranks that meet at an address have been asked, those of MPI and of a run before in the same process have not.
+    agree_on(transport, facts or {}, "what they were started with", error=WorldError)
+    return Place(world, transport, device, tuple(notes))
+
+
+def _join(world: World, config: Config, device: torch.device, facts: Mapping[str, Any]) -> tuple[Transport, list[str]]:
+    from distloop.transports.join import join
+
+    wanted = config.world
+    return join(
         world,
         wanted.transport,
         backend=wanted.backend,
@@ -66,8 +83,8 @@ def make_place(config: Config, world: World, transport: Transport | None = None)
         timeout=wanted.timeout,
         share_memory=wanted.shared_memory,
         torch_collects=torch_collects(config.strategy.name),
+        facts=facts,
     )
-    return Place(world, transport, device, tuple(notes))
 
 
 def _set_threads(threads: int | None, world: World) -> None:

@@ -31,7 +31,7 @@ from distloop.errors import DistloopError
 from distloop.heartbeat.pulse import ABORT, Peer, Pulse, Verdict
 from distloop.heartbeat.watch import Watch
 from distloop.messages import gather_json
-from distloop.transports import Transport, process_group
+from distloop.transports import Transport, meeting
 from distloop.transports.hosts import host
 from distloop.world import World
 
@@ -80,7 +80,7 @@ class Heartbeat:
         """
         if seconds is None:
             seconds = 60.0 if torch.cuda.is_available() else 10.0
-        if seconds == 0 or transport.size == 1 or not process_group.has_met():
+        if seconds == 0 or transport.size == 1 or not meeting.has_met():
             return None
         cls._current = cls(world, transport, seconds, min(BEAT, seconds / 5) if beat is None else beat)
         cls._current._pulse.thread.start()
@@ -119,7 +119,7 @@ class Heartbeat:
         """Return the reason that came first. Without a store to ask, it is the lowest rank of this host that speaks."""
         if self.verdict is None:
             own = Verdict(self.rank, exit_code, sentence)
-            found = process_group.post(ABORT, json.dumps(asdict(own)))
+            found = meeting.post(ABORT, json.dumps(asdict(own)))
             try:
                 self.verdict = Verdict.read(found) if found else self._watch.cut_off(own)
             except (ValueError, KeyError):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch.distributed.distributed_c10d import Store
 
-from distloop.transports import process_group
+from distloop.transports import meeting
 
 ABORT = "abort"
 
@@ -77,7 +77,7 @@ class Pulse:
 
     def _run(self) -> None:
         try:
-            store = process_group.another_connection()
+            store = meeting.another_connection()
             if store is None:
                 return
             while not self._ended:

@@ -17,7 +17,7 @@ from distloop.heartbeat.processes import Process
 from distloop.heartbeat.pulse import Pulse, Verdict
 from distloop.memory_limit import MemoryLimit
 from distloop.orphans import Launcher, has_launcher
-from distloop.transports import process_group
+from distloop.transports import meeting
 from distloop.world import World
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Watch:
     def __init__(self, heartbeat: Heartbeat, pulse: Pulse, seconds: float, world: World):
         self._own, self._pulse, self._seconds = heartbeat, pulse, seconds
         self._launcher = Launcher() if has_launcher() else None
-        self._in_launcher = process_group.store_in_launcher()
+        self._in_launcher = meeting.store_in_launcher()
         self._local_rank = world.local_rank
         self._memory = MemoryLimit()
         self._processes: dict[int, Process] = {}

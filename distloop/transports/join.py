@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -22,6 +24,7 @@ def join(
     timeout: float = 300.0,
     share_memory: bool = True,
     torch_collects: bool = False,
+    facts: Mapping[str, Any] | None = None,
 ) -> tuple[Transport, list[str]]:
     """Join the other ranks of ``world``.
 
@@ -34,6 +37,7 @@ def join(
         timeout: seconds after which a silent peer is an error.
         share_memory: whether ranks of one host may share memory.
         torch_collects: whether gradients are torch's own reducer's to send, which needs nothing of ours.
+        facts: what must be the same on all ranks, as far as they meet at an address; MPI's ranks meet before.
 
     Returns:
         The transport, and sentences on what was not to be had.
@@ -41,7 +45,7 @@ def join(
     Raises:
         WorldError: the ranks did not find each other, or what was asked for is not there.
     """
-    transport, by_mpi = _meet(world, name, backend, device, timeout)
+    transport, by_mpi = _meet(world, name, backend, device, timeout, facts or {})
     if torch_collects:
         return transport, []
     if device.type != "cpu":
@@ -58,7 +62,9 @@ def join(
     return found, [f"ranks of one host do not share memory: {reason}"] if reason is not None else []
 
 
-def _meet(world: World, name: str, backend: str, device: torch.device, timeout: float) -> tuple[Transport, bool]:
+def _meet(
+    world: World, name: str, backend: str, device: torch.device, timeout: float, facts: Mapping[str, Any]
+) -> tuple[Transport, bool]:
     """Return the transport by which ranks meet, and whether that is MPI because an mpirun started them."""
     # nccl is torch.distributed's, and whoever sets an address wants that as well.
     by_mpi = world.by_mpirun and "MASTER_ADDR" not in os.environ and backend != "nccl" and name != "torch"
@@ -68,7 +74,7 @@ def _meet(world: World, name: str, backend: str, device: torch.device, timeout: 
         return mpi.connect(world, timeout=timeout), by_mpi
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
-    return process_group.connect(world, backend=backend, device=device, timeout=timeout), False
+    return process_group.connect(world, backend=backend, device=device, timeout=timeout, facts=facts), False
 
 
 def _in_shared_memory(below: Transport, reason: str | None, timeout: float) -> Transport:

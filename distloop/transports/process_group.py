@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
-import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Mapping
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
 from distloop.errors import RankDiedError, RankHungError, WorldError
 from distloop.transports.base import CONTROL_TAG, Rows, Shared, Transport, Work
+from distloop.transports.meeting import meet
 from distloop.world import World
-
-Answer = TypeVar("Answer")
 
 # How gloo says, in a bare RuntimeError, that a peer is gone, and that it is silent.
 LOST = (
@@ -108,7 +99,9 @@ class GlooWork:
             raise
 
 
-def connect(world: World, *, backend: str, device: torch.device, timeout: float) -> TorchTransport:
+def connect(
+    world: World, *, backend: str, device: torch.device, timeout: float, facts: Mapping[str, Any]
+) -> TorchTransport:
     """Join the process group that the launcher's variables describe.
 
     Args:
@@ -116,17 +109,21 @@ def connect(world: World, *, backend: str, device: torch.device, timeout: float)
         backend: ``gloo`` or ``nccl``; carries gradients. Control traffic always uses gloo.
         device: where this rank's model lives.
         timeout: seconds after which a collective that a peer did not join fails.
+        facts: what must be the same on all ranks.
 
     Raises:
         WorldError: an address is missing, NCCL is not usable here, or the ranks did not find each other.
     """
-    _check_environment(world, backend, device)
-    if world.single_host or os.environ["MASTER_ADDR"] in ("127.0.0.1", "::1", "localhost"):
-        # Without this gloo resolves the host name and listens on whatever interface that gives.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    if backend == "nccl" and device.type != "cuda":
+        raise WorldError(nccl_unusable())
+    if dist.is_initialized():
+        raise WorldError(
+            "this process has joined the other ranks before, and a run that failed, or code of yours, has not left "
+            "them: start the ranks again, and let distloop call init_process_group"
+        )
     limit = timedelta(seconds=timeout)
     try:
-        store = _meet(world, limit)
+        store = meet(world, timeout, facts)
         dist.init_process_group(
             backend,
             store=store,
@@ -142,106 +139,9 @@ def connect(world: World, *, backend: str, device: torch.device, timeout: float)
     except (dist.DistError, RuntimeError, ValueError) as failure:
         first_line = (str(failure).strip().splitlines() or ["no reason given"])[0]
         raise WorldError(
-            f"rank {world.rank} of {world.size} could not join the others at "
-            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {timeout:g} s: {first_line}"
+            f"rank {world.rank} of {world.size} could not join the others within {timeout:g} s: {first_line}"
         ) from failure
     return TorchTransport(data, control)
-
-
-def _check_environment(world: World, backend: str, device: torch.device) -> None:
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if missing:
-        raise WorldError(
-            f"{world.launcher} started {world.size} ranks but {' and '.join(missing)} is not set: "
-            "start with torchrun, or export the address and a free port of rank 0's host",
-            everywhere=True,
-        )
-    if backend == "nccl" and device.type != "cuda":
-        raise WorldError(nccl_unusable())
-    if dist.is_initialized():
-        raise WorldError(
-            "this process has joined the other ranks before, and a run that failed, or code of yours, has not left "
-            "them: start the ranks again, and let distloop call init_process_group"
-        )
-
-
-@dataclass
-class _Meeting:
-    """Where the ranks of this process's world meet: one store, in which each connection has names of its own."""
-
-    store: Store | None = None
-    connections: int = 0
-
-
-_meeting = _Meeting()  # a process has one world, and its address one server
-
-
-def _meet(world: World, limit: timedelta) -> Store:
-    if _meeting.store is None:
-        _meeting.store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=limit))
-        _meeting.store.set_timeout(limit)
-    _meeting.connections += 1
-    return PrefixStore(_prefix(), _meeting.store)
-
-
-def _prefix() -> str:
-    return f"distloop/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_meeting.connections}"
-
-
-def has_met() -> bool:
-    """Return whether this process has met other ranks."""
-    return _meeting.store is not None
-
-
-def another_connection() -> Store | None:
-    """Return the store over a connection of its own, for a thread that must not wait behind another; None without one.
-
-    Its keys are apart from those of other attempts and worlds.
-    """
-    return None if _meeting.store is None else PrefixStore(f"{_prefix()}/aside", _meeting.store.clone())  # type: ignore[attr-defined]
-
-
-def post(key: str, value: str, seconds: float = 1.0) -> str | None:
-    """Set a key of :func:`another_connection` unless it is set; return what it is now, None if it cannot be known."""
-    found = _ask(lambda store: store.compare_set(f"{_prefix()}/aside/{key}", "", value), seconds)
-    return None if found is None else found.decode()
-
-
-def store_in_launcher() -> bool:
-    """Return whether the launcher keeps the store; else rank 0 does."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def claim(what: str) -> bool:
-    """Return whether this is the first rank to claim ``what``; alone, or cut off from the others, it always is."""
-    number = _ask(lambda store: store.add(f"{_prefix()}/claim/{what}", 1), 1.0)
-    return number is None or number == 1
-
-
-def roll_call(rank: int, size: int, seconds: float = 1.0) -> list[int]:
-    """Say that this rank is there, and a while later return those that have not said so; none if it cannot be known."""
-
-    def missing(store: Store) -> list[int]:
-        store.set(f"{_prefix()}/there/{rank}", "")
-        time.sleep(seconds)
-        return [other for other in range(size) if not store.check([f"{_prefix()}/there/{other}"])]
-
-    return _ask(missing, 2 * seconds) or []
-
-
-def _ask(question: Callable[[Store], Answer], seconds: float) -> Answer | None:
-    """Ask the store; None if it does not answer: its server may have ended, or be a process that stands still."""
-    store, answers = _meeting.store, []
-
-    def ask(store: Store) -> None:
-        with suppress(dist.DistError, RuntimeError):
-            answers.append(question(store))
-
-    if store is not None:
-        asking = threading.Thread(target=ask, args=(store,), daemon=True)  # asking has no timeout of its own
-        asking.start()
-        asking.join(seconds)
-    return answers[0] if answers else None
 
 
 def nccl_unusable() -> str:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 import select
 import socket
-import struct
 import sys
 import time
-import weakref
 from collections.abc import Sequence
 
 import torch
 
 from distloop.errors import RankDiedError, WorldError
+from distloop.transports.addresses import close_in_children, own_address
 from distloop.transports.base import Transport
 from distloop.transports.streams import StreamTransport
 
@@ -25,16 +23,6 @@ TOKEN = 16  # bytes of the secret that a connection begins with, so that no stra
 MOST_UNSENT = 128 * 1024  # bytes
 UNSENT = 25 if sys.platform == "linux" else None  # TCP_NOTSENT_LOWAT, which Python's socket has no name for
 _RDHUP = getattr(select, "POLLRDHUP", 0)
-_OPEN: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-
-
-def _forget() -> None:
-    """Close a forked process's copies: a loader's worker that outlived its rank would keep it seemingly alive."""
-    for connection in list(_OPEN):
-        connection.close()
-
-
-os.register_at_fork(after_in_child=_forget)
 
 
 class SocketStream:
@@ -45,8 +33,7 @@ class SocketStream:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if UNSENT is not None:
             connection.setsockopt(socket.IPPROTO_TCP, UNSENT, MOST_UNSENT)
-        self.connection, self.peer = connection, peer
-        _OPEN.add(connection)
+        self.connection, self.peer = close_in_children(connection), peer
 
     def write(self, parts: Sequence[memoryview]) -> int:
         try:
@@ -113,7 +100,7 @@ def connect_all(below: Transport, timeout: float) -> dict[int, socket.socket]:
         WorldError: on all ranks, if one could not be reached.
     """
     local = len(set(below.hosts)) == 1 and bool(below.hosts)
-    address = "127.0.0.1" if local else own_address()
+    address = "127.0.0.1" if local else own_address(os.environ.get("MASTER_ADDR", ""))
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family) as listener:
         listener.bind((address, 0))
@@ -139,38 +126,6 @@ def connect_all(below: Transport, timeout: float) -> dict[int, socket.socket]:
             failure or f"rank {rank} could not connect to all others; use world.transport torch if only gloo may pass"
         )
     return connections
-
-
-def own_address() -> str:
-    """Return the address at which other hosts reach this one: that of the interface that leads to rank 0's."""
-    if name := os.environ.get("GLOO_SOCKET_IFNAME"):
-        return _of_interface(name)
-    master = os.environ.get("MASTER_ADDR", "")
-    try:
-        family, _, _, _, where = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(where)
-            found = str(probe.getsockname()[0])
-    except OSError as failure:
-        raise WorldError(f"MASTER_ADDR={master!r} cannot be reached from here: {failure}") from failure
-    if found.startswith("127.") or found == "::1":
-        raise WorldError(
-            f"MASTER_ADDR={master!r} is an address of this host alone, and there are several hosts: give one that the "
-            "others reach, or name the network interface in GLOO_SOCKET_IFNAME"
-        )
-    return found
-
-
-def _of_interface(name: str) -> str:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            answer = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))  # SIOCGIFADDR
-        except OSError as failure:
-            known = ", ".join(sorted(n for _, n in socket.if_nameindex()))
-            raise WorldError(
-                f"GLOO_SOCKET_IFNAME={name!r} is no interface with an IPv4 address here (there are: {known})"
-            ) from failure
-    return socket.inet_ntoa(answer[20:24])
 
 
 def _tell(below: Transport, address: str, port: int, token: bytes) -> list[tuple[str, int, bytes]]:

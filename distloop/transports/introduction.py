@@ -1,0 +1,185 @@
+"""A rank's side of the roll call, and what is said in it: lines of JSON over TCP."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from distloop.errors import RankDiedError, WorldError, by_exit_code
+
+LONGEST = 1 << 20  # bytes of a line
+ANSWER = 8.0  # seconds that whoever listens has to answer, and a caller to say who it is
+NOTICE = 10.0  # seconds of waiting after which, and between which, the user hears for whom
+PROTOCOL = 1
+ADVICE = "give one of the two jobs another MASTER_PORT"
+
+
+@dataclass(frozen=True)
+class Caller:
+    """What a rank says of itself."""
+
+    rank: int
+    size: int
+    job: str
+    host: str
+    pid: int
+    place: str  # tells hosts apart
+    address: str  # at which other hosts reach it
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what must be the same on all ranks
+
+    @property
+    def name(self) -> str:
+        """Rank, process and host in words."""
+        return f"rank {self.rank} (process {self.pid} on {self.host})"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What rank 0 answers: where the ranks meet next, or why they do not."""
+
+    store: str = ""  # host and port, with a blank between
+    refused: str = ""
+    exit_code: int = 3
+    elsewhere: bool = False  # another job answers here: this one's may be at another port
+    alone: bool = False  # the caller alone is refused
+
+    def check(self) -> Verdict:
+        """Raise what was refused."""
+        if self.refused:
+            raise by_exit_code(self.exit_code)(self.refused, everywhere=not self.alone)
+        return self
+
+
+def who_this_is(rank: int, size: int, job: str, place: str, address: str, facts: Mapping[str, Any]) -> Caller:
+    """Return what this process says of itself."""
+    return Caller(rank, size, job, socket.gethostname(), os.getpid(), place, address, facts)
+
+
+def introduce(own: Caller, where: Sequence[tuple[str, int]], timeout: float, say: Callable[[str], None]) -> Verdict:
+    """Tell rank 0 who this is, at the first of ``where`` at which this job answers; return its verdict.
+
+    Raises:
+        WorldError: rank 0 does not answer, another does, or the run cannot begin.
+        RankDiedError: rank 0 ended before all ranks had come.
+    """
+    deadline, notice = time.monotonic() + timeout, time.monotonic() + NOTICE
+    shown = " or ".join(f"{host}:{port}" for host, port in where)
+    reason = "it does not answer"
+    while True:
+        for host, port in where:
+            try:
+                verdict = _ask(own, host, port, deadline)
+            except OSError as failure:
+                reason = (failure.strerror or str(failure) or "no answer").lower()
+                continue
+            except WorldError as failure:
+                if len(where) == 1:
+                    raise
+                reason = str(failure)  # rank 0 has taken the next port
+                continue
+            if not verdict.elsewhere:
+                return verdict.check()
+            if len(where) == 1:
+                raise WorldError(f"{host}:{port} {verdict.refused}: {ADVICE}", everywhere=True)
+            reason = f"{host}:{port} {verdict.refused}"
+        now = time.monotonic()
+        if now >= deadline:
+            raise WorldError(
+                f"rank {own.rank} of {own.size} could not reach rank 0 at {shown} within {timeout:g} s: {reason}; "
+                "is it started, on that host, and may connections pass?",
+                everywhere=True,
+            )
+        if now >= notice:
+            say(f"rank {own.rank} has not reached rank 0 at {shown} for {NOTICE:g} s: {reason}")
+            notice = now + NOTICE
+        time.sleep(0.05)
+
+
+def whose(address: str, port: int) -> str:
+    """Return in words whose port this is, that cannot be had."""
+    stranger = Caller(-1, 0, "", "", 0, "", "")
+    with suppress(OSError, WorldError):
+        if (verdict := _ask(stranger, address, port, time.monotonic() + 2.0)).elsewhere:
+            return f"{verdict.refused}: {ADVICE}"
+    return "is in use by another program: set MASTER_PORT to a free port of rank 0's host"
+
+
+def _ask(own: Caller, host: str, port: int, deadline: float) -> Verdict:
+    """Return the verdict of who listens there; waits for it until all ranks have come or the deadline.
+
+    Raises:
+        OSError: nobody can be reached.
+        WorldError: somebody who is no rank 0.
+    """
+    patience = max(0.1, min(5.0, deadline - time.monotonic()))
+    with socket.create_connection((host, port), patience) as connection, connection.makefile("rb") as lines:
+        heard = False
+        connection.settimeout(ANSWER)
+        try:
+            connection.sendall(line({"distloop": PROTOCOL} | asdict(own)))
+            answer = _read(lines.readline(LONGEST))
+            if heard := "here" in answer:
+                # Rank 0 decides at its own deadline, which is later than this rank's by what it began later.
+                connection.settimeout(max(deadline - time.monotonic(), 0.0) + 60.0)
+                answer = _read(lines.readline(LONGEST))
+            return _verdict(answer)
+        except (TimeoutError, ConnectionResetError, BrokenPipeError, EOFError) as failure:
+            if heard:
+                raise RankDiedError(f"rank 0 (on {host}) ended before all ranks had come", everywhere=True) from failure
+            if not isinstance(failure, TimeoutError):
+                raise ConnectionResetError("it closes the connection") from failure
+            reason = "says nothing"
+        except (ValueError, KeyError, TypeError):
+            reason = "speaks otherwise"
+    raise WorldError(
+        f"{host}:{port} is not rank 0 of a run of distloop: what listens there {reason}; {ADVICE}", everywhere=True
+    )
+
+
+def _verdict(answer: Mapping[str, Any]) -> Verdict:
+    found = {name: answer[name] for name in Verdict.__dataclass_fields__}
+    if any(type(value) is not type(getattr(Verdict(), name)) for name, value in found.items()):
+        raise TypeError("not a verdict")
+    return Verdict(**found)
+
+
+def read_caller(sent: bytes) -> Caller:
+    """Return who has sent this line.
+
+    Raises:
+        ValueError, KeyError, TypeError, EOFError: it is not of this protocol.
+    """
+    found = _read(sent)
+    if found["distloop"] != PROTOCOL:
+        raise ValueError("another protocol")
+    caller = Caller(**{key: found[key] for key in Caller.__dataclass_fields__})
+    for text in (caller.job, caller.host, caller.place, caller.address):
+        if not isinstance(text, str):
+            raise TypeError("not a text")
+    if not isinstance(caller.facts, dict) or not all(type(n) is int for n in (caller.rank, caller.size, caller.pid)):
+        raise TypeError("not a number")
+    return caller
+
+
+def _read(line: bytes) -> dict[str, Any]:
+    if not line.endswith(b"\n"):
+        if len(line) >= LONGEST:
+            raise ValueError("too long")
+        raise EOFError
+    try:
+        found = json.loads(line)
+    except RecursionError as failure:
+        raise ValueError("too deep") from failure
+    if not isinstance(found, dict):
+        raise ValueError("not an object")
+    return found
+
+
+def line(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value).encode() + b"\n"
