@@ -1,4 +1,4 @@
-"""The command line: ``distloop train``, ``config``, ``calibrate``, ``plot`` and ``checkpoint``."""
+"""The command line: ``distloop train``, ``config``, ``calibrate``, ``plot``, ``checkpoint`` and ``env``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import click
 
 from distloop import __version__
 from distloop.checkpoint_cli import checkpoint
+from distloop.env_cli import env
 from distloop.errors import ConfigError, found_by_all
 from distloop.signals import Caught
 from distloop.targets import resolve, resumed
@@ -194,6 +195,7 @@ def plot(
 
 
 cli.add_command(checkpoint)
+cli.add_command(env)
 
 
 def _check_simulation(ranks: int | None, world: World) -> None:
