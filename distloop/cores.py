@@ -80,23 +80,25 @@ def shares(of_ranks: Sequence[Cores]) -> list[int]:
     return found
 
 
-def bindings(of_ranks: Sequence[Cores], near: Sequence[int | None]) -> list[tuple[int, ...]] | str:
+def bindings(of_ranks: Sequence[Cores], near: Sequence[int | None], *, least: int = 1) -> list[tuple[int, ...]] | str:
     """Return the processors to bind each rank of a host to, or one clause that says why it is left.
 
     Ranks that may use the same cores get even parts of them, hyper-threads of a core together and cores of a memory
-    node beside each other; and where each has a node to be near, its GPU's, cores of that.
+    node beside each other; and where each has a node to be near, its GPU's, cores of that. Each rank is to get
+    ``least`` cores.
     """
     sets = [own.cores for own in of_ranks]
     if len(of_ranks) < 2:
         return "one rank has them all"
     if len(set(sets)) > 1:
         return "their launcher has bound them"
-    if len(sets[0]) < len(sets):
+    if len(sets[0]) < least * len(sets):
         return f"there {'is 1 core' if len(sets[0]) == 1 else f'are {len(sets[0])} cores'} for {len(sets)} ranks"
     if (quota := of_ranks[0].quota) is not None and quota < len(sets[0]):
         return f"a control group limits them to the time of {quota:g} processors"
     by_node = sorted(zip(of_ranks[0].nodes, sets[0], strict=True))
-    if None not in near and all(sum(n == node for n, _ in by_node) >= near.count(node) for node in set(near)):
+    at = Counter(node for node, _ in by_node)
+    if None not in near and all(at[node] >= least * near.count(node) for node in set(near) if node is not None):
         parts: dict[int, tuple[int, ...]] = {}
         for node in set(near):
             ranks = [rank for rank, wanted in enumerate(near) if wanted == node]

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from distloop.build.deterministic import leaves_of
+from distloop.build.threads import set_threads, take_cores
 from distloop.config import Config
+from distloop.cores import Cores
 from distloop.errors import WorldError
 from distloop.strategies import torch_collects
 from distloop.strategies.tree import refuse_more_ranks
@@ -24,6 +26,7 @@ class Place:
     transport: Transport
     device: torch.device
     notes: tuple[str, ...] = ()  # on what was not to be had
+    threads: str = ""  # of torch, in words
 
 
 def make_place(config: Config, world: World, transport: Transport | None = None) -> Place:
@@ -55,9 +58,9 @@ def make_place(config: Config, world: World, transport: Transport | None = None)
         torch.cuda.set_device(device)
     if config.train.deterministic:
         refuse_more_ranks(world.size, leaves_of(config))
-    _set_threads(wanted.threads or (1 if config.train.deterministic else None), world)  # bits depend on how many
     if transport is not None or world.size == 1:
-        return Place(world, transport or Alone(), device)
+        own = Cores.of_this_process(world)
+        return Place(world, transport or Alone(), device, threads=set_threads(config, world, [own] * world.local_size))
     transport, notes = join(
         world,
         wanted.transport,
@@ -67,16 +70,4 @@ def make_place(config: Config, world: World, transport: Transport | None = None)
         share_memory=wanted.shared_memory,
         torch_collects=torch_collects(config.strategy.name),
     )
-    return Place(world, transport, device, tuple(notes))
-
-
-def _set_threads(threads: int | None, world: World) -> None:
-    """Give each rank its part of the cores that this process may use, unless the user said otherwise."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, _cores() // world.local_size))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Place(world, transport, device, tuple(notes), take_cores(config, world, transport, device))
