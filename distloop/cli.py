@@ -1,4 +1,4 @@
-"""The command line: ``distloop train``, ``config``, ``calibrate``, ``plot``, ``checkpoint`` and ``env``."""
+"""The command line: ``distloop train``, ``config``, ``calibrate``, ``plot``, ``checkpoint``, ``env`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import click
 
 from distloop import __version__
 from distloop.checkpoint_cli import checkpoint
+from distloop.doctor_cli import doctor
 from distloop.env_cli import env
 from distloop.errors import ConfigError, found_by_all
 from distloop.signals import Caught
@@ -196,6 +197,7 @@ def plot(
 
 cli.add_command(checkpoint)
 cli.add_command(env)
+cli.add_command(doctor)
 
 
 def _check_simulation(ranks: int | None, world: World) -> None:
