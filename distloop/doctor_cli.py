@@ -47,7 +47,7 @@ def doctor(context: click.Context, target: str, as_json: bool, only: tuple[str, 
 
 def _examine(given: list[str], only: tuple[str, ...], *, as_json: bool) -> int:
     from distloop.doctor import AREAS, Context, Level, examine, show
-    from distloop.doctor.findings import failed, ok
+    from distloop.doctor.findings import failed, hanging, ok
     from distloop.targets import resolve
     from distloop.world import World
 
@@ -76,6 +76,8 @@ def _examine(given: list[str], only: tuple[str, ...], *, as_json: bool) -> int:
             print(json.dumps({"findings": [f.as_json() for f in findings], "failed": worst}, indent=2))
         else:
             print(show.summary(findings), flush=True)
+    if hanging():
+        leave(WorldError.exit_code)  # a thread in foreign code would keep the process
     return WorldError.exit_code if worst else 0
 
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 
 from distloop.doctor import limits, network, own_ranks, software, storage
-from distloop.doctor.findings import Check, Context, Finding, Found, Level, bounded, failed, in_words, ok
+from distloop.doctor.findings import Check, Context, Finding, Found, Level, Pending, bounded, failed, in_words, ok
 from distloop.doctor.links import Link
 from distloop.messages import gather_json
 from distloop.transports import Transport
 
 CHECKS = (
+    Check("network", "port", network.port),
     Check("host", "cores", limits.cores),
     Check("host", "open files", limits.open_files),
     Check("host", "locked memory", limits.locked_memory),
@@ -26,13 +27,13 @@ CHECKS = (
     Check("host", "huge pages", limits.huge_pages),
     Check("network", "host name", network.host_name, 15.0),
     Check("network", "interfaces", network.interfaces, 15.0),
-    Check("network", "port", network.port),
     Check("storage", "shared memory", storage.shared_memory, 70.0),  # may compile the helper
     Check("storage", "run directory", storage.disk, 20.0),
     Check("software", "GPUs", software.gpus, 60.0),
     Check("software", "MPI", software.message_passing, 60.0),
     Check("software", "DeepSpeed", software.deepspeed, 30.0),
 )
+MEETING = 20.0  # seconds for ranks to find each other: all are there at once
 RANKS = "ranks"
 AREAS = (*dict.fromkeys(check.area for check in CHECKS), RANKS)
 Say = Callable[[Finding], None]
@@ -56,26 +57,41 @@ def examine(context: Context, say: Say, *, only: Collection[str] = (), links: Li
         for finding in findings if aloud else []:
             say(finding)
 
-    first = context.world.rank == 0
-    for check in CHECKS if context.world.local_rank == 0 else ():
-        if check.area in areas:
-            note(bounded(partial(check.look, context), check.seconds, check.name), aloud=first)
-    if RANKS not in areas:
-        return found
-    if context.world.size == 1:
+    def look(checks: Iterable[Check]) -> None:
+        for check in checks if context.world.local_rank == 0 else ():
+            if check.area in areas:
+                findings = bounded(partial(check.look, context), check.seconds, check.name)
+                note(findings, aloud=context.world.rank == 0)
+
+    look(CHECKS[:1])  # before rank 0 takes the port itself
+    meeting = Pending(partial(_meet, context), "rendezvous") if RANKS in areas and context.world.size > 1 else None
+    look(CHECKS[1:])  # while ranks meet: they come at the same time, and only one of a host looks at it
+    if meeting is not None:
+        _together(context, meeting, found, note, say, links)
+    elif RANKS in areas:
         note(own_ranks.examine(context), aloud=True)
-        return found
-    _together(context, found, note, say, links)
     return found
 
 
-def _together(context: Context, found: list[Finding], note: Callable[..., None], say: Say, links: Links | None) -> None:
-    """Let the ranks meet, tell rank 0 what the other hosts found, and try things together."""
+def _meet(context: Context) -> tuple[Transport, float]:
     from distloop.doctor import together
 
-    begun, world = time.monotonic(), context.world
+    begun = time.monotonic()
+    return together.meet(context), time.monotonic() - begun
+
+
+def _together(
+    context: Context,
+    meeting: Pending[tuple[Transport, float]],
+    found: list[Finding],
+    note: Callable[..., None],
+    say: Say,
+    links: Links | None,
+) -> None:
+    """Let the ranks meet, tell rank 0 what the other hosts found, and try things together."""
+    world = context.world
     try:
-        below = together.meet(context)
+        below, seconds = meeting.wait(MEETING)
     except Exception as failure:
         if world.local_rank == 0 and world.rank != 0:  # rank 0 does not hear of this host
             for finding in found:
@@ -83,7 +99,6 @@ def _together(context: Context, found: list[Finding], note: Callable[..., None],
                     say(_at_host(finding))
         note([failed("rendezvous", in_words(failure), _what_to_do(context))], aloud=world.local_rank == 0)
         return
-    seconds = time.monotonic() - begun
     rows = gather_json(below, [f.as_json() for f in map(_at_host, found)] if world.local_rank == 0 else [])
     if world.rank == 0:
         note([ok("rendezvous", f"{below.size} ranks on {_hosts(below)} met in {seconds:.1f} s")], aloud=True)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import enum
 import threading
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from distloop.errors import DistloopError
 from distloop.world import World
 
 if TYPE_CHECKING:
     from distloop.config import Config
+
+
+Result = TypeVar("Result")
+THREADS = "doctor:"
 
 
 class Level(enum.StrEnum):
@@ -39,7 +44,7 @@ class Finding:
 
     @classmethod
     def from_json(cls, told: dict[str, str]) -> Finding:
-        return replace(cls(**{**told, "level": Level(told["level"])}))  # type: ignore[arg-type]
+        return cls(**{**told, "level": Level(told["level"])})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -68,37 +73,61 @@ class Check:
     seconds: float = 10.0
 
 
-@dataclass
-class _Answer:
-    findings: list[Finding] = field(default_factory=list)
-    failure: BaseException | None = None
-
-
 def bounded(work: Callable[[], Found], seconds: float, name: str) -> list[Finding]:
     """Return what ``work`` finds; that it breaks, or has not ended after so many seconds, is a finding too."""
-    answer = _Answer()
 
-    def look() -> None:
-        try:
-            found = work()
-            answer.findings = [found] if isinstance(found, Finding) else list(found)
-        except BaseException as failure:
-            answer.failure = failure
+    def look() -> list[Finding]:
+        found = work()
+        return [found] if isinstance(found, Finding) else list(found)
 
-    thread = threading.Thread(target=look, daemon=True, name=f"doctor: {name}")
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        return [failed(name, f"did not end within {seconds:g} s", "see what it waits for: py-spy dump, or strace")]
-    if answer.failure is not None:
-        return [failed(name, in_words(answer.failure))]
-    return answer.findings
+    try:
+        return Pending(look, name).wait(seconds)
+    except TimeoutError as failure:
+        return [failed(name, failure, "see what it waits for: py-spy dump, or strace")]
+    except Exception as failure:
+        return [failed(name, in_words(failure))]
+
+
+class Pending(Generic[Result]):
+    """Work that a thread does meanwhile."""
+
+    def __init__(self, work: Callable[[], Result], name: str):
+        self._results: list[Result] = []
+        self._failures: list[BaseException] = []
+
+        def do() -> None:
+            try:
+                self._results.append(work())
+            except BaseException as failure:
+                self._failures.append(failure)
+
+        self._begun = time.monotonic()
+        self._thread = threading.Thread(target=do, daemon=True, name=f"{THREADS} {name}")
+        self._thread.start()
+
+    def wait(self, seconds: float) -> Result:
+        """Return what the work does, or raise what it raises.
+
+        Raises:
+            TimeoutError: it has not ended so many seconds after it began; its thread goes on.
+        """
+        self._thread.join(max(0.0, self._begun + seconds - time.monotonic()))
+        if self._failures:
+            raise self._failures[0]
+        if not self._results:
+            raise TimeoutError(f"did not end within {seconds:g} s")
+        return self._results[0]
+
+
+def hanging() -> bool:
+    """Return whether the work of a check has not ended yet."""
+    return any(thread.name.startswith(THREADS) for thread in threading.enumerate())
 
 
 def in_words(failure: BaseException) -> str:
     """Return an exception as one clause."""
     text = " ".join(str(failure).split())[:500] or "no reason given"
-    return text if isinstance(failure, DistloopError) else f"{type(failure).__name__}: {text}"
+    return text if isinstance(failure, DistloopError | TimeoutError) else f"{type(failure).__name__}: {text}"
 
 
 def ok(check: str, found: Any) -> Finding:

@@ -19,7 +19,8 @@ from distloop.messages import gather_json
 from distloop.report import versions
 from distloop.transports import Transport
 
-PATIENCE = 15.0  # seconds that ranks wait for each other here, however patient a run is
+PATIENCE = 15.0  # seconds that ranks wait for each other while they try things
+LOOKING = 180.0  # and for one of another host that still looks at that
 LENGTHS = (1003, 300_007)  # elements: no multiple of anything
 PACKAGE = Path(__file__).resolve().parent.parent
 Ways = dict[str, Transport | str]
@@ -32,13 +33,12 @@ def meet(context: Context) -> Transport:
 
     config, world = context.config.world, context.world
     by_mpi = config.transport == "mpi" or (world.by_mpirun and "MASTER_ADDR" not in os.environ)
-    seconds = min(config.timeout, PATIENCE)
     found, _ = join(
         world,
         "mpi" if by_mpi else "torch",
         backend="gloo" if device_of(context).type == "cpu" else "auto",
         device=device_of(context),
-        timeout=seconds,
+        timeout=LOOKING,
         share_memory=config.shared_memory,
     )
     return found
