@@ -150,7 +150,7 @@ def _hosts(below: Transport) -> str:
 
 def _what_to_do(context: Context) -> str:
     if context.world.by_mpirun:
-        return "start with the mpirun of the MPI that mpi4py loads"
+        return ""  # the failure says it
     return "see the port, the master and the interfaces above; all ranks must be started, with the same MASTER_ADDR"
 
 
