@@ -18,6 +18,7 @@ CUDA_AWARE = (
     "import mpi4py; mpi4py.rc.initialize = mpi4py.rc.finalize = False\n"
     "from distloop.transports.mpi_library import cuda_aware; print(cuda_aware())"
 )
+NEEDED = {"deepspeed": "deepspeed"}  # the package that a strategy is a guest of
 
 
 def gpus(context: Context) -> Iterator[Finding]:
@@ -98,7 +99,7 @@ def deepspeed(context: Context) -> Iterator[Finding]:
     for lock in sorted(lock for folder in folders for lock in folder.glob("**/lock")):
         yield _lock(lock)
     version = versions.package("deepspeed")()
-    wanted = context.config.strategy.name == "deepspeed"
+    wanted = NEEDED.get(context.config.strategy.name) == "deepspeed"
     if version == versions.MISSING:
         yield (failed if wanted else ok)(
             "DeepSpeed", "not installed" + (', pip install "distloop[deepspeed]"' * wanted)
