@@ -1,4 +1,4 @@
-"""The command line: ``distloop train``, ``config``, ``calibrate``, ``plot`` and ``checkpoint``."""
+"""The command line: ``distloop train``, ``config``, ``calibrate``, ``plot``, ``checkpoint``, ``env`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import click
 
 from distloop import __version__
 from distloop.checkpoint_cli import checkpoint
+from distloop.doctor_cli import doctor
+from distloop.env_cli import env
 from distloop.errors import ConfigError, found_by_all
 from distloop.signals import Caught
 from distloop.targets import resolve, resumed
@@ -194,6 +196,8 @@ def plot(
 
 
 cli.add_command(checkpoint)
+cli.add_command(env)
+cli.add_command(doctor)
 
 
 def _check_simulation(ranks: int | None, world: World) -> None:

@@ -246,6 +246,11 @@ class WorldSection(Section):
         description="seconds without a sign of life after which a rank is frozen (default 10, with GPUs 60; 0: never)",
     )
     threads: Threads | None = Field(None, description="torch threads per rank (default: this rank's part of the cores)")
+    bind: Literal["none", "auto", "cores"] = Field(
+        "none",
+        description="keep each rank of a host to cores of its own (cores), or where each has two or more and the "
+        "launcher has not done so (auto); see decision 0016",
+    )
 
 
 class Config(Section):

@@ -32,6 +32,12 @@ class MemoryLimit:
         return None
 
 
+def memory_bound(proc: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Return the bytes that this job may use; None without a limit."""
+    least = min((_limit(group) for group in _groups(proc, mounted)), default=UNLIMITED)
+    return least if least < UNLIMITED else None
+
+
 def _groups(proc: Path, mounted: Path) -> list[_Group]:
     """Return this process's group and those around it, the innermost first."""
     try:

@@ -90,6 +90,7 @@ KEYS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "world.shared_memory": SWITCH,
     "world.timeout": (POSITIVE[0], (*POSITIVE[1], 1e9)),
     "world.heartbeat": ((0, 0.5, 10, None), (-1, math.nan, math.inf, "10", True, 1e9)),
+    "world.bind": choice("none", "auto", "cores"),
     "world.threads": optional(((1, 2), (*COUNT[1], 10**6))),
 }
 METHODS: dict[str, dict[str, dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]]]] = {

@@ -14,7 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up; a module may import from its own floor and from those before it (docs/decisions/0001).
 FLOORS = [
     ["errors", "ending", "signals"],
-    ["world", "master", "native", "host_memory", "memory_limit", "orphans"],
+    ["world", "master", "native", "host_memory", "memory_limit", "orphans", "cores"],
     ["checkpoints"],
     ["transports"],
     ["collectives", "messages"],
@@ -45,7 +45,7 @@ FLOORS = [
     ["observers", "tasks"],
     ["values", "yaml_file", "layers", "resolved", "config", "settings"],
     ["build"],
-    ["api", "failure", "last_words", "plot", "checkpoint_cli", "targets"],
+    ["api", "failure", "last_words", "plot", "checkpoint_cli", "targets", "report", "env_cli", "doctor", "doctor_cli"],
     ["cli", "__main__", "__init__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -484,7 +484,7 @@ def test_what_is_shown_says_so(tmp_path: Path) -> None:
     simulate(resolve(from_mapping(sections)), 2, observers=[note])
     assert shown["strategy"].startswith("tree, 8 leaves added along one tree: the same bits on 1 to 8 ranks")
     assert shown["batch"].startswith("64 samples = 8 leaves of at most 8, on 2 ranks; ")
-    assert "1 thread each" in shown["world"]
+    assert "by train.deterministic" in shown["threads"]
 
 
 def test_a_strategy_that_is_given_other_leaves_says_so() -> None:

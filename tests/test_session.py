@@ -16,14 +16,14 @@ from torch.utils.data import TensorDataset
 
 import distloop
 from distloop.agreement import Agreement, Signals, Stop
-from distloop.build import Builder, Place
-from distloop.errors import ConfigError, DataError, MismatchError, NonFiniteError, StorageError
+from distloop.build import Builder, make_place
+from distloop.build.identity import identity
+from distloop.errors import ConfigError, DataError, MismatchError, NonFiniteError, StorageError, WorldError
 from distloop.monitor import lower_is_better
 from distloop.settings import from_mapping, resolve
 from distloop.transports import Alone, ThreadCluster, Transport
 from distloop.world import World
 
-CPU = torch.device("cpu")
 NAMES = {"checkpoints", "config.yaml", "lock", "logs", "metrics.jsonl", "model.safetensors", "result.json", "run.json"}
 QUIET = {"tensorboard": False, "picture": False, "every": 3}
 
@@ -109,7 +109,8 @@ def run_as_rank(transport: Transport, folder: Path, given: Any, observers: Any, 
     resolved = resolve(from_mapping(sections(folder, **changes)))
     world = World(transport.rank, transport.size, transport.rank, transport.size, "threads")
     own = given(transport.rank)
-    session = Builder(resolved, own).session(Place(world, transport, CPU), observers(transport.rank))
+    place = make_place(resolved.config, world, transport, identity(resolved, own))
+    session = Builder(resolved, own).session(place, observers(transport.rank))
     result = session.run()
     return result, {k: v.clone() for k, v in own.objectives["model"].model.state_dict().items()}
 
@@ -336,7 +337,7 @@ def test_ranks_with_different_configurations_are_told_which_key(tmp_path: Path) 
             transport, tmp_path, lambda rank: task(), lambda rank: (), {"optimizer": {"lr": 0.1 * (transport.rank + 1)}}
         )
 
-    with pytest.raises(MismatchError, match=r"optimizer\.lr is 0\.1 on rank 0 and 0\.2 on rank 1"):
+    with pytest.raises(WorldError, match=r"configuration optimizer\.lr is 0\.1 on rank 0 and 0\.2 on rank 1"):
         ThreadCluster(2, 20).run(work)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from distloop.build.length import epochs_of
@@ -36,10 +35,10 @@ def facts(
     config = resolved.config
     world, strategy = place.world, config.strategy.name
     ranks = "1 rank" if world.size == 1 else f"{world.size} ranks started by {world.launcher}"
-    threads = torch.get_num_threads()
     lines = {
         "task": f"{config.task.name}: " + ", ".join(_describe(learner) for learner in learners),
-        "world": f"{ranks} on {place.device.type}, {threads} thread{'s' if threads > 1 else ''} each",
+        "world": f"{ranks} on {place.device.type}",
+        **({"threads": place.threads} if place.threads else {}),
         "strategy": _strategy(learners, place, strategy),
     }
     plan = getattr(data, "plan", None)

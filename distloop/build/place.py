@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from distloop.build.deterministic import leaves_of
+from distloop.build.threads import set_threads, take_cores
 from distloop.config import Config
+from distloop.cores import Cores
 from distloop.errors import WorldError
 from distloop.messages import agree_on
 from distloop.strategies import torch_collects
@@ -27,6 +29,7 @@ class Place:
     transport: Transport
     device: torch.device
     notes: tuple[str, ...] = ()  # on what was not to be had
+    threads: str = ""  # of torch, in words
 
 
 def make_place(
@@ -61,14 +64,16 @@ def make_place(
         torch.cuda.set_device(device)
     if config.train.deterministic:
         refuse_more_ranks(world.size, leaves_of(config))
-    _set_threads(wanted.threads or (1 if config.train.deterministic else None), world)  # bits depend on how many
     notes: list[str] = []
     if transport is None and world.size > 1:
         transport, notes = _join(world, config, device, facts or {})
-    transport = transport or Alone()
+        threads = take_cores(config, world, transport, device)
+    else:
+        transport = transport or Alone()
+        threads = set_threads(config, world, [Cores.of_this_process(world)] * world.local_size)
     # Ranks that meet at an address have been asked, those of MPI and of a run before in the same process have not.
     agree_on(transport, facts or {}, "what they were started with", error=WorldError)
-    return Place(world, transport, device, tuple(notes))
+    return Place(world, transport, device, tuple(notes), threads)
 
 
 def _join(world: World, config: Config, device: torch.device, facts: Mapping[str, Any]) -> tuple[Transport, list[str]]:
@@ -85,15 +90,3 @@ def _join(world: World, config: Config, device: torch.device, facts: Mapping[str
         torch_collects=torch_collects(config.strategy.name),
         facts=facts,
     )
-
-
-def _set_threads(threads: int | None, world: World) -> None:
-    """Give each rank its part of the cores that this process may use, unless the user said otherwise."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, _cores() // world.local_size))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
