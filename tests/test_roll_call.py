@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -130,6 +131,12 @@ def test_jobs_never_merge() -> None:
         roll.come(caller(1))
         assert refusals(roll.end()) == ["", ""]
         assert whose(*roll.where[0]).startswith("belongs to another job, job A, whose rank 0 is process 100 on host0")
+
+
+def test_a_port_that_is_taken_says_by_whom() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        told = whose(*server.getsockname())
+    assert told.startswith(f"is in use by process {os.getpid()} (") and told.endswith("a free port of rank 0's host")
 
 
 def test_ranks_find_the_port_that_rank_0_took() -> None:

@@ -40,18 +40,23 @@ def identity(resolved: Resolved, task: Any = None) -> dict[str, Any]:
         task: a task object, in place of the one that the configuration names.
     """
     config = resolved.config
+    facts = software(nccl=config.world.backend == "nccl" or config.world.device != "cpu")
+    for name, path in _code_of(config.task.name, task).items():
+        facts[f"code of {name}"] = digest([path])
+    return facts | {f"configuration {key}": value for key, value, _ in resolved.rows() if key not in OWN}
+
+
+def software(*, nccl: bool) -> dict[str, Any]:
+    """Return the versions of what any run uses, and a digest of our own code."""
     facts: dict[str, Any] = {
         "version of distloop": distloop.__version__,
         "version of Python": ".".join(map(str, sys.version_info[:2])),
         "version of torch": torch.__version__,
         "byte order": sys.byteorder,
     }
-    if config.world.backend == "nccl" or (config.world.device != "cpu" and torch.cuda.is_available()):
+    if nccl and torch.cuda.is_available():
         facts["version of NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
-    facts["code of distloop"] = _own_code()
-    for name, path in _code_of(config.task.name, task).items():
-        facts[f"code of {name}"] = digest([path])
-    return facts | {f"configuration {key}": value for key, value, _ in resolved.rows() if key not in OWN}
+    return facts | {"code of distloop": _own_code()}
 
 
 @functools.cache

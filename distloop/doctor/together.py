@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from distloop import collectives
+from distloop.build.identity import software
 from distloop.doctor.findings import Context, Finding, failed, in_words, ok, warning
 from distloop.errors import DistloopError, WorldError
 from distloop.messages import gather_json
@@ -22,7 +21,6 @@ from distloop.transports import Transport
 PATIENCE = 15.0  # seconds that ranks wait for each other while they try things
 LOOKING = 180.0  # and for one of another host that still looks at that
 LENGTHS = (1003, 300_007)  # elements: no multiple of anything
-PACKAGE = Path(__file__).resolve().parent.parent
 Ways = dict[str, Transport | str]
 Attempt = Callable[[Transport, int, torch.device], str]  # returns what is wrong
 
@@ -86,12 +84,11 @@ def same(below: Transport, context: Context) -> Finding:
     return ok("same everywhere", f"{len(rows[0])} versions and settings of {below.size} ranks")
 
 
-def identity(context: Context) -> dict[str, str]:
+def identity(context: Context) -> dict[str, Any]:
     """Return what must be the same on all ranks."""
-    names = ("torch", "numpy", "deepspeed", "mpi4py", "pydantic")
-    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(PACKAGE.rglob("*.py")))).hexdigest()[:16]
-    own = {"distloop": versions.distloop(), "the code of distloop": code, "Python": versions.python().split(" (")[0]}
-    own |= {name: versions.package(name)() for name in names} | {"NCCL": versions.nccl()}
+    own = software(nccl=True) | {
+        name: versions.package(name)() for name in ("numpy", "deepspeed", "mpi4py", "pydantic")
+    }
     settings: dict[str, Any] = context.config.model_dump(mode="json")
     return own | {f"{section}.{key}": str(v) for section, keys in settings.items() for key, v in keys.items()}
 

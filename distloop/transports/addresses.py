@@ -6,12 +6,14 @@ import fcntl
 import ipaddress
 import os
 import queue
+import re
 import socket
 import struct
 import sys
 import threading
 import time
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
 from distloop.errors import WorldError
@@ -19,6 +21,8 @@ from distloop.errors import WorldError
 LOOKUP = 8.0  # seconds that a name has to resolve; clusters may know it only when its host is up
 ANYWHERE = ("192.0.2.1", 9)  # of TEST-NET-1 (RFC 5737): nothing is sent, the kernel only says which way it would go
 GET_ADDRESS = 0x8915  # SIOCGIFADDR
+LISTENING = "0A"  # in /proc/net/tcp
+PROC = Path("/proc")
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
@@ -110,23 +114,42 @@ def interface_of(address: str) -> str:
     """Return the name of the interface that has ``address``; "" if none is found."""
     if is_loopback(address):
         return LOOPBACK
-    if ":" in address:
-        return _of_ipv6(address)
-    return next((name for name in interfaces() if ipv4_of(name) == address), "")
+    return next((name for name, own in with_addresses().items() if address in own), "")
 
 
-def interfaces() -> list[str]:
-    return sorted(name for _, name in socket.if_nameindex())
-
-
-def ipv4_of(interface: str) -> str:
-    """Return the first IPv4 address of an interface; "" if it has none."""
+def with_addresses(proc: Path = PROC) -> dict[str, list[str]]:
+    """Return the interfaces that have addresses, with them."""
+    found: dict[str, list[str]] = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            answer = fcntl.ioctl(probe.fileno(), GET_ADDRESS, struct.pack("256s", interface.encode()[:15]))
-        except OSError:
-            return ""
-    return socket.inet_ntoa(answer[20:24])
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):
+                answer = fcntl.ioctl(probe.fileno(), GET_ADDRESS, struct.pack("256s", name.encode()[:15]))
+                found.setdefault(name, []).append(socket.inet_ntoa(answer[20:24]))
+    with suppress(OSError):
+        for line in (proc / "net" / "if_inet6").read_text().splitlines():
+            digits, _, _, _, _, name = line.split()
+            found.setdefault(name, []).append(str(ipaddress.IPv6Address(bytes.fromhex(digits))))
+    return found
+
+
+def listener(number: int, proc: Path = PROC) -> str | None:
+    """Return in words who listens at a port of this host; None if nobody does."""
+    sockets = set()
+    for table in ("tcp", "tcp6"):
+        with suppress(OSError):
+            for line in (proc / "net" / table).read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == LISTENING and int(fields[1].rpartition(":")[2], 16) == number:
+                    sockets.add(f"socket:[{fields[9]}]")
+    if not sockets:
+        return None
+    for link in proc.glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if str(link.readlink()) in sockets:
+                process = link.parent.parent
+                words = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                return f"process {process.name} ({re.sub(r'(?<=.{60}).+', '...', words) or 'no name'})"
+    return "a process of another user, or outside this container"
 
 
 _OPEN: weakref.WeakSet[socket.socket] = weakref.WeakSet()
@@ -149,18 +172,10 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def _of_ipv6(address: str) -> str:
-    try:
-        lines = Path("/proc/net/if_inet6").read_text().splitlines()
-    except OSError:
-        return ""
-    wanted = ipaddress.IPv6Address(address.split("%", maxsplit=1)[0]).packed.hex()
-    return next((line.split()[-1] for line in lines if line.split()[0] == wanted), "")
-
-
 def _of_interface(name: str) -> str:
-    if found := ipv4_of(name):
-        return found
+    known = with_addresses()
+    if found := known.get(name):
+        return found[0]
     raise WorldError(
-        f"GLOO_SOCKET_IFNAME={name!r} is no interface with an IPv4 address here (there are: {', '.join(interfaces())})"
+        f"GLOO_SOCKET_IFNAME={name!r} is no interface with an address here (there are: {', '.join(sorted(known))})"
     )

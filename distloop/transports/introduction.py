@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from distloop.errors import RankDiedError, WorldError, by_exit_code
+from distloop.transports.addresses import listener
 
 LONGEST = 1 << 20  # bytes of a line
 ANSWER = 8.0  # seconds that whoever listens has to answer, and a caller to say who it is
@@ -107,7 +108,8 @@ def whose(address: str, port: int) -> str:
     with suppress(OSError, WorldError):
         if (verdict := _ask(stranger, address, port, time.monotonic() + 2.0)).elsewhere:
             return f"{verdict.refused}: {ADVICE}"
-    return "is in use by another program: set MASTER_PORT to a free port of rank 0's host"
+    owner = listener(port) or "another program"
+    return f"is in use by {owner}: set MASTER_PORT to a free port of rank 0's host"
 
 
 def _ask(own: Caller, host: str, port: int, deadline: float) -> Verdict:

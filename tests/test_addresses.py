@@ -1,0 +1,136 @@
+"""Where ranks meet, and by which interface: pure where it can be, real sockets on loopback where not."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from typing import Any
+
+import pytest
+
+from distloop.errors import WorldError
+from distloop.master import Master, first_host
+from distloop.transports import addresses
+from distloop.transports.addresses import interface_of, own_address, resolve, source_address
+from distloop.world import World
+
+BARE = {"MASTER_ADDR": "h0", "MASTER_PORT": "29500"}
+SLURM = {"SLURM_JOB_ID": "17", "SLURM_STEP_ID": "2", "SLURM_STEP_NODELIST": "gpu[07-09,12]-ib,login"}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "environment", "master"),
+    [
+        ("torchrun", BARE, Master("h0", (29500,))),
+        ("torchrun", BARE | {"MASTER_ADDR": " [::1]"}, Master("::1", (29500,))),
+        ("torchrun", BARE | {"TORCHELASTIC_RUN_ID": "none"}, Master("h0", (29500,))),
+        (
+            "torchrun",
+            BARE | {"TORCHELASTIC_RUN_ID": "a1", "TORCHELASTIC_RESTART_COUNT": "2"},
+            Master("h0", (29500,), "torchrun a1", 2),
+        ),
+        ("Open MPI", BARE | {"PMIX_NAMESPACE": "prterun-7"}, Master("h0", (29500,), "Open MPI prterun-7")),
+        ("Slurm", SLURM | BARE, Master("h0", (29500,), "Slurm 17.2, start 0")),
+        ("Slurm", SLURM | {"DISTLOOP_JOB_ID": "mine", "MASTER_PORT": "1"}, Master("gpu07-ib", (1,), "mine")),
+    ],
+)
+def test_where_rank_0_answers(launcher: str, environment: dict[str, str], master: Master) -> None:
+    assert Master.from_environment(World(0, 2, 0, 1, launcher), environment) == master
+
+
+def test_steps_of_slurm_meet_at_ports_of_their_own() -> None:
+    world = World(0, 2, 0, 1, "Slurm")
+    one, again = (Master.from_environment(world, SLURM | {"SLURM_PROCID": rank}) for rank in "01")
+    other = Master.from_environment(world, SLURM | {"SLURM_STEP_ID": "3"})
+    assert one == again and len(set(one.ports)) == 8 and not set(one.ports) & set(other.ports)
+    assert all(15000 <= port < 30000 for port in one.ports)
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "-1", "abc", "2950٣", "9" * 50])
+def test_a_port_that_is_none(port: str) -> None:
+    with pytest.raises(WorldError, match=r"MASTER_PORT='.*' is no port: it must be a number from 1 to 65535"):
+        Master.from_environment(World(0, 2), BARE | {"MASTER_PORT": port})
+
+
+@pytest.mark.parametrize(
+    ("environment", "missing"),
+    [
+        ({}, "MASTER_ADDR and MASTER_PORT is"),
+        ({"MASTER_ADDR": "h0"}, "MASTER_PORT is"),
+        ({"MASTER_PORT": "1"}, "ADDR is"),
+    ],
+)
+def test_what_is_missing_is_named(environment: dict[str, str], missing: str) -> None:
+    with pytest.raises(WorldError, match=missing):
+        Master.from_environment(World(0, 2, launcher="torchrun"), environment)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("node1", "node1"), ("x,y[1-2]", "x"), ("gpu[07-09,12]-ib,login", "gpu07-ib"), ("a[1-2]b[3-4]", "a1b3"), ("", "")],
+)
+def test_the_first_host_of_a_list(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+def test_a_name_that_does_not_resolve_is_given_time_and_named() -> None:
+    begun = time.monotonic()
+    with pytest.raises(
+        WorldError, match=r"MASTER_ADDR='no-host.invalid' does not resolve on .*: .*; give a name or an"
+    ):
+        resolve("no-host.invalid", 0.6)
+    assert 0.1 < time.monotonic() - begun < 5
+    with pytest.raises(WorldError, match="does not resolve"):
+        resolve("ü" * 70, 5)
+
+
+def test_a_resolver_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*what: Any, **more: Any) -> list[Any]:
+        time.sleep(5)
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    with pytest.raises(WorldError, match=r"no answer within 0\.1 s"):
+        resolve("slow", 0.1)
+
+
+def test_ipv4_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(0, 0, 0, "", (address, 0)) for address in ("::1", "10.0.0.2", "10.0.0.2")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *what, **more: found)
+    assert resolve("both") == ["10.0.0.2", "::1"]
+
+
+def test_the_interface_leads_to_the_master(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr(addresses, "resolve", lambda name: ["10.1.0.9"])
+    monkeypatch.setattr(
+        addresses, "source_address", lambda towards: "10.1.0.1" if towards == "10.1.0.9" else "10.2.0.1"
+    )
+    assert own_address("h9") == "10.1.0.1"
+    # On the master's own host its name may be loopback (127.0.1.1): then it is the way out.
+    monkeypatch.setattr(addresses, "resolve", lambda name: ["127.0.1.1"])
+    monkeypatch.setattr(addresses, "source_address", lambda t: "127.0.0.1" if t.startswith("127") else "10.2.0.1")
+    assert own_address("h0") == "10.2.0.1"
+    monkeypatch.setattr(addresses, "source_address", lambda towards: "127.0.0.1" if towards.startswith("127") else "")
+    with pytest.raises(WorldError, match=r"no network interface leads from .* to other hosts \(MASTER_ADDR='h0' is an"):
+        own_address("h0")
+
+
+def test_a_chosen_interface_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(addresses, "with_addresses", lambda: {"eth0": ["10.0.0.1"], "ib0": ["10.1.0.1", "10.1.0.2"]})
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    assert own_address("anything") == "10.1.0.1"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")
+    with pytest.raises(WorldError, match=r"GLOO_SOCKET_IFNAME='eth9' is no interface .* \(there are: eth0, ib0\)"):
+        own_address("anything")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    assert interface_of("10.1.0.2") == "ib0" and interface_of("10.9.0.1") == ""
+    addresses.use_interface("10.1.0.2")
+    assert os.environ.pop("GLOO_SOCKET_IFNAME") == "ib0"
+
+
+def test_real_addresses() -> None:
+    assert source_address("127.0.0.1") == "127.0.0.1"
+    assert interface_of("127.0.0.1") in ("lo", "lo0")
+    assert resolve("127.0.0.1") == ["127.0.0.1"]
