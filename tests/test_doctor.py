@@ -362,9 +362,9 @@ def test_differences_between_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for found in in_threads(3, compare):
         assert found.level == Level.FAILED and found.found == "optimizer.lr is 0.2 on rank 0 and 0.1 on rank 2"
-    monkeypatch.setattr(together.versions, "distloop", lambda: threading.current_thread().name)
+    monkeypatch.setattr(together, "software", lambda nccl: {"code": threading.current_thread().name})
     for found in in_threads(2, lambda way: together.same(way, ALONE)):
-        assert found.found == "distloop is rank 0 on rank 0 and rank 1 on rank 1"
+        assert found.found == "code is rank 0 on rank 0 and rank 1 on rank 1"
 
 
 @pytest.mark.parametrize(("seconds", "level"), [(0.0, Level.OK), (30.0, Level.WARNING), (-30.0, Level.WARNING)])
