@@ -11,9 +11,10 @@ AGENT=torch.distributed.run
 
 case "${1-}" in
 train | calibrate | doctor)
-    # Without a word about other hosts, a port that nobody else has: containers may share the host's network.
+    # Without a word about other hosts: a port that nobody else has (containers may share the host's network), and
+    # loopback (without a network a container's name leads nowhere).
     if [ -z "${PET_NNODES-}" ]; then
-        export PET_STANDALONE=1
+        export PET_STANDALONE=1 PET_LOCAL_ADDR="${PET_LOCAL_ADDR-127.0.0.1}"
     fi
     exec python -m "$AGENT" -m distloop "$@"
     ;;
