@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import signal
@@ -176,3 +177,35 @@ def test_the_image_takes_in_what_it_needs_and_no_more() -> None:
     for path in " ".join(copied).split():
         assert any(Path(path).match(pattern) for pattern in taken), path
     assert "*" in (ROOT / ".dockerignore").read_text().splitlines()
+
+
+def test_helpers_made_beforehand_need_no_compiler(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "distloop", tmp_path / "distloop", ignore=shutil.ignore_patterns("__pycache__", "made"))
+
+    def run(*arguments: str, **variables: str) -> str:
+        environment = os.environ | {"PYTHONPATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")} | variables
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=90,
+            check=False,
+            env=environment,
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert run("-m", "distloop.native").count(".so\n") == len(list((ROOT / "distloop" / "native").glob("*.c")))
+    load = """
+from distloop import native
+processor = native._processor
+native._processor = lambda: ["flags : sse2"] if OLD else processor()
+try:
+    print(native.load("shared_memory")._name)
+except native.UnavailableError as failure:
+    print(failure)
+"""
+    assert "/made/shared_memory-" in run("-c", load.replace("OLD", "False"), CC="/nonexistent")
+    if platform.machine() == "x86_64":  # one that lacks what they need compiles its own
+        assert run("-c", load.replace("OLD", "True"), CC="/nonexistent").startswith("there is no C compiler")
