@@ -70,8 +70,6 @@ class Master:
 
 def job_of(world: World, env: Mapping[str, str]) -> str:
     """Return the name of the job that these ranks are of, as far as the launcher gives one."""
-    if chosen := env.get("DISTLOOP_JOB_ID"):
-        return chosen
     if "SLURM_JOB_ID" in env and world.launcher in ("Slurm", "MPICH"):
         step, restart = env.get("SLURM_STEP_ID", "batch"), env.get("SLURM_RESTART_COUNT", "0")
         return f"Slurm {env['SLURM_JOB_ID']}.{step}, start {restart}"

@@ -32,7 +32,7 @@ SLURM = {"SLURM_JOB_ID": "17", "SLURM_STEP_ID": "2", "SLURM_STEP_NODELIST": "gpu
         ),
         ("Open MPI", BARE | {"PMIX_NAMESPACE": "prterun-7"}, Master("h0", (29500,), "Open MPI prterun-7")),
         ("Slurm", SLURM | BARE, Master("h0", (29500,), "Slurm 17.2, start 0")),
-        ("Slurm", SLURM | {"DISTLOOP_JOB_ID": "mine", "MASTER_PORT": "1"}, Master("gpu07-ib", (1,), "mine")),
+        ("Slurm", SLURM | {"MASTER_PORT": "1"}, Master("gpu07-ib", (1,), "Slurm 17.2, start 0")),
     ],
 )
 def test_where_rank_0_answers(launcher: str, environment: dict[str, str], master: Master) -> None:

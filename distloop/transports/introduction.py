@@ -106,23 +106,23 @@ def whose(address: str, port: int) -> str:
     """Return in words whose port this is, that cannot be had."""
     stranger = Caller(-1, 0, "", "", 0, "", "")
     with suppress(OSError, WorldError):
-        if (verdict := _ask(stranger, address, port, time.monotonic() + 2.0)).elsewhere:
+        if (verdict := _ask(stranger, address, port, time.monotonic() + 2.0, 2.0)).elsewhere:
             return f"{verdict.refused}: {ADVICE}"
     owner = listener(port) or "another program"
     return f"is in use by {owner}: set MASTER_PORT to a free port of rank 0's host"
 
 
-def _ask(own: Caller, host: str, port: int, deadline: float) -> Verdict:
+def _ask(own: Caller, host: str, port: int, deadline: float, patience: float | None = None) -> Verdict:
     """Return the verdict of who listens there; waits for it until all ranks have come or the deadline.
 
     Raises:
         OSError: nobody can be reached.
         WorldError: somebody who is no rank 0.
     """
-    patience = max(0.1, min(5.0, deadline - time.monotonic()))
-    with socket.create_connection((host, port), patience) as connection, connection.makefile("rb") as lines:
+    timeout = max(0.1, min(5.0, deadline - time.monotonic()))
+    with socket.create_connection((host, port), timeout) as connection, connection.makefile("rb") as lines:
         heard = False
-        connection.settimeout(ANSWER)
+        connection.settimeout(ANSWER if patience is None else patience)
         try:
             connection.sendall(line({"distloop": PROTOCOL} | asdict(own)))
             answer = _read(lines.readline(LONGEST))

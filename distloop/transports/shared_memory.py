@@ -26,6 +26,7 @@ from distloop.transports.peers import Peers
 
 SLOT = 256 * 1024  # bytes up to which a buffer is summed through a slot, with one barrier in place of two
 SCRATCH = 4 * 2**20  # bytes of a larger buffer that does not live in shared memory which are summed at a time
+PROCESSORS = 4096  # that are counted at most
 LINE = 64  # bytes of a bell in the C helper
 LOOK = 50_000_000  # nanoseconds of waiting after which a rank looks whether its peers are alive
 MEANWHILE = 1_000_000  # and after which it does something else, where there is something else to be done
@@ -49,9 +50,8 @@ class SharedMemory:
         self._native = _declared(native.load("shared_memory"))
         self._pids = list(pids)
         self.peers = self._watch()
-        cores = len(os.sched_getaffinity(0))
         # Where ranks share cores, spinning keeps the others from theirs.
-        self.spins = 100 if cores >= self._size else 0
+        self.spins = 100 if self._processors() >= self._size else 0
         self.timeout = timeout
         self.meanwhile: Callable[[], object] | None = None
         self._round, self._small = 0, 0
@@ -65,6 +65,12 @@ class SharedMemory:
         self._bells = memory.addresses[0]  # the first rank's
         self._slots = [memory.part(bells + i * SLOT, SLOT).pointers for i in range(2)]
         self._scratch = memory.part(bells + 2 * SLOT, SCRATCH)
+
+    def _processors(self) -> int:
+        """Return how many processors these ranks have together; a launcher may have bound each to its own."""
+        own = os.sched_getaffinity(0)
+        mask = torch.tensor([number in own for number in range(PROCESSORS)])
+        return int(self._transport.all_gather(mask).wait()[list(self.ranks)].any(0).sum())
 
     def allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
         try:

@@ -1,7 +1,7 @@
 """docker/Dockerfile built and run by podman or docker, whichever is there: who it runs as, stops, goes on, two hosts.
 
-DISTLOOP_TEST_BASE_IMAGE takes the place of python:3.11-slim, which is not downloaded: without either the tests are
-skipped. DISTLOOP_TEST_BUILD has further arguments of the build, such as a pip configuration where there is a mirror.
+TEST_BASE_IMAGE takes the place of python:3.11-slim, which is not downloaded: without either the tests are
+skipped. TEST_IMAGE_BUILD has further arguments of the build, such as a pip configuration where there is a mirror.
 """
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ def missing(program: str, base: str) -> str | None:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    base = os.environ.get("DISTLOOP_TEST_BASE_IMAGE", "python:3.11-slim")
+    base = os.environ.get("TEST_BASE_IMAGE", "python:3.11-slim")
     reasons = {program: missing(program, base) for program in ("podman", "docker")}
     found = next((program for program, why in reasons.items() if why is None), None)
     if found is None:
         pytest.skip("; ".join(why for why in reasons.values() if why))
     engine = Engine(found, base)
-    more = shlex.split(os.environ.get("DISTLOOP_TEST_BUILD", ""))
+    more = shlex.split(os.environ.get("TEST_IMAGE_BUILD", ""))
     bases = ("--build-arg", f"BASE={base}", "--build-arg", f"PYTHON={base}")
     engine("build", "--file", "docker/Dockerfile", "--tag", IMAGE, *bases, *more, ".", seconds=800)
     yield engine
