@@ -62,8 +62,17 @@ def who_this_is(rank: int, size: int, job: str, place: str, address: str, facts:
     return Caller(rank, size, job, socket.gethostname(), os.getpid(), place, address, facts)
 
 
-def introduce(own: Caller, where: Sequence[tuple[str, int]], timeout: float, say: Callable[[str], None]) -> Verdict:
+def introduce(
+    own: Caller,
+    where: Sequence[tuple[str, int]],
+    timeout: float,
+    say: Callable[[str], None],
+    *,
+    everywhere: bool = False,
+) -> Verdict:
     """Tell rank 0 who this is, at the first of ``where`` at which this job answers; return its verdict.
+
+    ``everywhere``: the ranks of a host are known, so that one of them need say that rank 0 cannot be reached.
 
     Raises:
         WorldError: rank 0 does not answer, another does, or the run cannot begin.
@@ -81,20 +90,21 @@ def introduce(own: Caller, where: Sequence[tuple[str, int]], timeout: float, say
                 continue
             except WorldError as failure:
                 if len(where) == 1:
+                    failure.everywhere = everywhere
                     raise
                 reason = str(failure)  # rank 0 has taken the next port
                 continue
             if not verdict.elsewhere:
                 return verdict.check()
             if len(where) == 1:
-                raise WorldError(f"{host}:{port} {verdict.refused}: {ADVICE}", everywhere=True)
+                raise WorldError(f"{host}:{port} {verdict.refused}: {ADVICE}", everywhere=everywhere)
             reason = f"{host}:{port} {verdict.refused}"
         now = time.monotonic()
         if now >= deadline:
             raise WorldError(
                 f"rank {own.rank} of {own.size} could not reach rank 0 at {shown} within {timeout:g} s: {reason}; "
                 "is it started, on that host, and may connections pass?",
-                everywhere=True,
+                everywhere=everywhere,
             )
         if now >= notice:
             say(f"rank {own.rank} has not reached rank 0 at {shown} for {NOTICE:g} s: {reason}")
@@ -139,9 +149,7 @@ def _ask(own: Caller, host: str, port: int, deadline: float, patience: float | N
             reason = "says nothing"
         except (ValueError, KeyError, TypeError):
             reason = "speaks otherwise"
-    raise WorldError(
-        f"{host}:{port} is not rank 0 of a run of distloop: what listens there {reason}; {ADVICE}", everywhere=True
-    )
+    raise WorldError(f"{host}:{port} is not rank 0 of a run of distloop: what listens there {reason}; {ADVICE}")
 
 
 def _verdict(answer: Mapping[str, Any]) -> Verdict:

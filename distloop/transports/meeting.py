@@ -68,7 +68,7 @@ def _at_master(world: World, master: Master, timeout: float, facts: Mapping[str,
     if world.rank == 0:
         return _hold(own, _listen(addresses, master), timeout)
     where = [(address, port) for port in master.ports for address in addresses]
-    return join(introduce(own, where, timeout, _speaker(world)).store, world.size, timeout)
+    return join(introduce(own, where, timeout, _speaker(world), everywhere=world.host_known).store, world.size, timeout)
 
 
 def _through_launcher(world: World, master: Master, timeout: float, facts: Mapping[str, Any]) -> Store:
@@ -85,7 +85,7 @@ def _through_launcher(world: World, master: Master, timeout: float, facts: Mappi
         address, port = store.get(key).decode().split()
     except dist.DistError as failure:
         raise WorldError(f"rank 0 of {world.size} did not come within {timeout:g} s", everywhere=True) from failure
-    introduce(own, [(address, int(port))], timeout, _speaker(world))
+    introduce(own, [(address, int(port))], timeout, _speaker(world), everywhere=world.host_known)
     return store
 
 
