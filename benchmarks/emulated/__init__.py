@@ -91,6 +91,18 @@ class Hosts:
             self._tell_switch(f"delay {delay_ms * 1000:.0f}")
             self._tell_switch(f"rate {bits_per_second(rate) if rate else 0:.0f}")
 
+    def namespace(self, host: int) -> str:
+        """Return the name of a host's network namespace."""
+        return self._hosts[host]
+
+    def cut(self, host: int) -> None:
+        """Unplug a host: nothing passes, and no connection is reset; hosts with delays cannot be."""
+        _ip(self._name, f"link set port{host} down")
+
+    def heal(self, host: int) -> None:
+        """Plug it in again."""
+        _ip(self._name, f"link set port{host} up")
+
     def remove(self) -> None:
         """Remove everything, with the processes that still run there."""
         if self._switch is not None:
