@@ -18,6 +18,7 @@ from distloop.ending import leave
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
 ASKING = (signal.SIGUSR1, signal.SIGUSR2)
+AGENT = "LAUNCHED_BY_DISTLOOP"  # the environment variable that holds the process id of distloop's own agent
 PATIENCE = 1.0  # seconds from the order for which the main thread may end by itself
 
 
@@ -92,7 +93,7 @@ class Caught:
         return dict.fromkeys(before, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number in ENDING:
+        if number in ENDING and not self._never_ends():
             self._orders += 1
             if self._orders > 1 and self._ask is None:
                 leave(128 + number)
@@ -109,13 +110,21 @@ class Caught:
             for number in os.read(pipe, 64):
                 if number == 0:
                     return
-                self._orders_told += number in ENDING
-                if self._orders_told > 1 and number in ENDING:
+                ends = number in ENDING and not self._never_ends()
+                self._orders_told += ends
+                if self._orders_told > 1 and ends:
                     self._last = threading.Timer(self._patience, leave, (128 + number,))
                     self._last.daemon = True
                     self._last.start()
                 elif self._ask is not None and number in (*ENDING, *ASKING):
                     self._ask(number)
+
+    def _never_ends(self) -> bool:
+        """Return whether every signal is a question: distloop's agent knows the second one, and kills.
+
+        A scheduler may signal all processes of a job, so that one comes from it and one from the agent.
+        """
+        return (self._ask is not None or self._bears) and os.environ.get(AGENT) == str(os.getppid())
 
     def _close(self) -> None:
         for end in self._pipe or ():
