@@ -138,15 +138,15 @@ _entered: list[Caught] = []
 def _in_child() -> None:
     """Leave the parent's pipe alone in a forked process, as a worker is; it ends with its parent, not before it.
 
-    Ctrl-C goes to all processes of a terminal. A worker that ended at once would take the agreed stop's batches along.
+    Ctrl-C goes to all processes of a terminal, a scheduler's warning to all of a job. A worker that ended at once would take the agreed stop's batches along.
     """
     if not _entered:
         return
     with suppress(ValueError):  # forked by another thread than the main one
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGTERM, *ASKING):
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in (signal.SIGINT, *ASKING):
+            signal.signal(number, signal.SIG_IGN)
     for caught in _entered:
         caught._close()
     _entered.clear()
