@@ -29,10 +29,11 @@ class Terminated(SystemExit):
 class Caught:
     """While entered, the first signal that asks for a stop calls ``ask`` with its number, and the second one ends.
 
-    SIGUSR1 and SIGUSR2 ask, and never end. Without ``ask`` the first one ends; but once another that asks was entered
-    within and has ended well, what the process was to do is done: a signal that comes too late for that is borne, or
-    it would end one rank otherwise than the others, and the second one ends. Does nothing in threads other than the
-    main one: whoever owns the process owns its signals.
+    SIGUSR1 and SIGUSR2 ask, and never end; those that come without ``ask`` are for who is entered next with it. Without
+    ``ask`` the first of the others ends; but once another that asks was entered within and has ended well, what the
+    process was to do is done: a signal that comes too late for that is borne, or it would end one rank otherwise than
+    the others, and the second one ends. Does nothing in threads other than the main one: whoever owns the process owns
+    its signals.
 
     Args:
         ask: called in the main thread, and in another one; only sets a flag.
@@ -44,15 +45,15 @@ class Caught:
         self._before: dict[int, object] = {}
         self._orders = self._orders_told = 0 if ask is not None else 1  # that the main thread has seen, and the other
         self._bears = False
+        self._early: list[int] = []  # that asked before there was anybody to ask
         self._pipe: tuple[int, int] | None = None
         self._wakeup_before = -1
         self._thread: threading.Thread | None = None
         self._last: threading.Timer | None = None  # ends the process
 
     def __enter__(self) -> Caught:
-        numbers = ENDING if self._ask is None else (*ENDING, *ASKING)
         try:
-            for number in numbers:
+            for number in (*ENDING, *ASKING):
                 self._before[number] = signal.signal(number, self._handle)
         except ValueError:
             return self  # not the main thread
@@ -62,6 +63,9 @@ class Caught:
         self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, args=(self._pipe[0],), name="signals", daemon=True)
         self._thread.start()
+        for outer in _entered if self._ask is not None else ():
+            while outer._early:
+                self._ask(outer._early.pop())
         _entered.append(self)
         return self
 
@@ -103,6 +107,8 @@ class Caught:
                 raise Terminated(128 + number)
         if self._ask is not None:
             self._ask(number)
+        elif number in ASKING:
+            self._early.append(number)
 
     def _watch(self, pipe: int) -> None:
         """Read the numbers of signals; after the order, end the process unless it ends by itself."""
@@ -138,7 +144,8 @@ _entered: list[Caught] = []
 def _in_child() -> None:
     """Leave the parent's pipe alone in a forked process, as a worker is; it ends with its parent, not before it.
 
-    Ctrl-C goes to all processes of a terminal, a scheduler's warning to all of a job. A worker that ended at once would take the agreed stop's batches along.
+    Ctrl-C goes to all processes of a terminal, and a scheduler's warning may go to all of a job. A worker that ended at
+    once would take the agreed stop's batches along.
     """
     if not _entered:
         return
