@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help train test test-fast test-chaos test-long test-mpich test-deepspeed lint format docs bench bench-all-reduce bench-overlap bench-adam bench-offload bench-deterministic bench-safety collectives parity kinds gallery clean
+.PHONY: help train test test-fast test-chaos test-long test-mpich test-deepspeed test-cluster lint format docs bench bench-all-reduce bench-overlap bench-adam bench-offload bench-deterministic bench-safety collectives parity kinds gallery clean
 
 help:
 	@echo "make train      train $(CONFIG) on $(RANKS) ranks (CONFIG=..., RANKS=... to change)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-long  the long forms: 1,000 kills, 100,000 wrong configurations, and so on; an hour"
 	@echo "make test-mpich the tests over MPI with MPICH too (Open MPI is there)"
 	@echo "make test-deepspeed  the tests that have DeepSpeed compile its Adam for the CPU"
+	@echo "make test-cluster    the tests under a Slurm that they start, as root; needs its packages"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       configuration.md, kinds.md, collectives.md, zero.md in docs/, again from schema, code and figures"
 	@echo "make parity     docs/parity.md: every strategy on every transport against plain PyTorch"
@@ -35,10 +36,10 @@ train: $(VENV)/.train
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(RANKS) -m distloop train $(CONFIG) --world.device cpu
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not chaos and not compiles"
+	$(BIN)/python -m pytest -m "not chaos and not compiles and not cluster"
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow and not chaos and not compiles"
+	$(BIN)/python -m pytest -m "not slow and not chaos and not compiles and not cluster"
 
 test-chaos: $(VENV)/.dev
 	$(BIN)/python -m pytest -m chaos
@@ -51,6 +52,9 @@ test-mpich: $(VENV)/.dev .mpich/bin/mpiexec
 
 test-deepspeed: $(VENV)/.dev
 	$(BIN)/python -m pytest -m compiles
+
+test-cluster: $(VENV)/.dev
+	$(BIN)/python -m pytest -m cluster
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""The command line: ``distloop train``, ``config``, ``calibrate``, ``plot`` and ``checkpoint``."""
+"""The command line: ``distloop train``, ``config``, ``calibrate``, ``plot``, ``checkpoint`` and ``launch``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 from distloop import __version__
 from distloop.checkpoint_cli import checkpoint
 from distloop.errors import ConfigError, found_by_all
+from distloop.launch_cli import launch
 from distloop.signals import Caught
 from distloop.targets import resolve, resumed
 
@@ -194,6 +195,7 @@ def plot(
 
 
 cli.add_command(checkpoint)
+cli.add_command(launch)
 
 
 def _check_simulation(ranks: int | None, world: World) -> None:

@@ -63,9 +63,10 @@ class Caught:
         self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, args=(self._pipe[0],), name="signals", daemon=True)
         self._thread.start()
-        for outer in _entered if self._ask is not None else ():
-            while outer._early:
-                self._ask(outer._early.pop())
+        if (ask := self._ask) is not None:
+            for outer in _entered:
+                while outer._early:
+                    ask(outer._early.pop())
         _entered.append(self)
         return self
 

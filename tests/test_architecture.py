@@ -45,7 +45,8 @@ FLOORS = [
     ["observers", "tasks"],
     ["values", "yaml_file", "layers", "resolved", "config", "settings"],
     ["build"],
-    ["api", "failure", "last_words", "plot", "checkpoint_cli", "targets", "agent", "agent_signals"],
+    ["api", "failure", "last_words", "plot", "checkpoint_cli", "targets"],
+    ["launching", "launch_cli", "agent", "agent_signals"],
     ["cli", "__main__", "__init__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
