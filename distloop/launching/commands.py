@@ -76,8 +76,14 @@ def docker(wanted: Wanted, *, gpus: bool, config: Path | None, runs: Path, user:
         target = str(IN_CONTAINER / config.name)
         options += ["--mount", _mount(config, target, "readonly")]
     started = ["launch", "--via", "torchrun", "--ranks-per-node", str(wanted.ranks)]
-    settings += ["--log.directory", RUNS_IN_CONTAINER]
+    settings = [*_without(settings, "--log.directory"), "--log.directory", RUNS_IN_CONTAINER]
     return ["docker", "run", "--rm", "--init", "--ipc=host", *options, "distloop", *started, target, *settings]
+
+
+def _without(settings: Sequence[str], name: str) -> list[str]:
+    """Return settings less one, be it ``NAME VALUE`` or ``NAME=VALUE``."""
+    kept = [word for before, word in zip(["", *settings], settings, strict=False) if name not in (before, word)]
+    return [word for word in kept if not word.startswith(f"{name}=")]
 
 
 def _mount(source: Path, target: str, *more: str) -> str:
