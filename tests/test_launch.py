@@ -32,20 +32,20 @@ TRAIN = ["-m", "distloop", "train", *SETTINGS]
         (commands.local(Wanted(SETTINGS, "py")), ["py", *TRAIN]),
         (
             commands.torchrun(Wanted(SETTINGS, "py", 1, 4)),
-            [*"py -m distloop.agent --nnodes 1 --nproc-per-node 4 --standalone".split(), *TRAIN],
+            [*shlex.split("py -m distloop.agent --nnodes 1 --nproc-per-node 4 --standalone"), *TRAIN],
         ),
         (
             commands.torchrun(Wanted(SETTINGS, "py", 2, 4, "[fd00::1]:29500"), 1),
             [
-                *"py -m distloop.agent --nnodes 2 --nproc-per-node 4 --node-rank 1".split(),
-                *"--master-addr fd00::1 --master-port 29500".split(),
+                *shlex.split("py -m distloop.agent --nnodes 2 --nproc-per-node 4 --node-rank 1"),
+                *shlex.split("--master-addr fd00::1 --master-port 29500"),
                 *TRAIN,
             ],
         ),
         (
             commands.mpirun(Wanted(SETTINGS, "py", 2, 4)),
             [
-                *"mpirun -n 8 --mca odls_base_sigkill_timeout 5 --map-by ppr:4:node:OVERSUBSCRIBE py".split(),
+                *shlex.split("mpirun -n 8 --mca odls_base_sigkill_timeout 5 --map-by ppr:4:node:OVERSUBSCRIBE py"),
                 *TRAIN,
             ],
         ),
@@ -62,10 +62,10 @@ TRAIN = ["-m", "distloop", "train", *SETTINGS]
                 user="1:2",
             ),
             [
-                *"docker run --rm --init --ipc=host --gpus all --ulimit memlock=-1 --user 1:2".split(),
+                *shlex.split("docker run --rm --init --ipc=host --gpus all --ulimit memlock=-1 --user 1:2"),
                 *("--mount", "type=bind,src=/r s,dst=/runs"),
                 *("--mount", 'type=bind,"src=/c/ü, d.yaml","dst=/config/ü, d.yaml",readonly'),
-                *"distloop launch --via torchrun --ranks-per-node 2".split(),
+                *shlex.split("distloop launch --via torchrun --ranks-per-node 2"),
                 *("/config/ü, d.yaml", "--log.name", ODD, "--log.directory", "/runs"),
             ],
         ),

@@ -1,0 +1,1 @@
+"""Tests under schedulers that they start themselves, as root."""
