@@ -16,7 +16,7 @@ help:
 	@echo "make test-long  the long forms: 1,000 kills, 100,000 wrong configurations, and so on; an hour"
 	@echo "make test-mpich the tests over MPI with MPICH too (Open MPI is there)"
 	@echo "make test-deepspeed  the tests that have DeepSpeed compile its Adam for the CPU"
-	@echo "make test-cluster  the tests with emulated hosts, Slurm and containers; as root"
+	@echo "make test-cluster     the tests with emulated hosts, a Slurm of their own, and containers; as root"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       configuration.md, kinds.md, collectives.md, zero.md in docs/, again from schema, code and figures"
 	@echo "make parity     docs/parity.md: every strategy on every transport against plain PyTorch"

@@ -1,4 +1,4 @@
-"""The command line: ``distloop train``, ``config``, ``calibrate``, ``plot``, ``checkpoint``, ``env`` and ``doctor``."""
+"""The command line: ``distloop train``, ``launch``, ``doctor`` and what else there is."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from distloop.checkpoint_cli import checkpoint
 from distloop.doctor_cli import doctor
 from distloop.env_cli import env
 from distloop.errors import ConfigError, found_by_all
+from distloop.launch_cli import launch
 from distloop.signals import Caught
 from distloop.targets import resolve, resumed
 
@@ -198,6 +199,7 @@ def plot(
 cli.add_command(checkpoint)
 cli.add_command(env)
 cli.add_command(doctor)
+cli.add_command(launch)
 
 
 def _check_simulation(ranks: int | None, world: World) -> None:

@@ -18,6 +18,7 @@ from distloop.ending import leave
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
 ASKING = (signal.SIGUSR1, signal.SIGUSR2)
+AGENT = "LAUNCHED_BY_DISTLOOP"  # the environment variable that holds the process id of distloop's own agent
 PATIENCE = 1.0  # seconds from the order for which the main thread may end by itself
 
 
@@ -28,10 +29,11 @@ class Terminated(SystemExit):
 class Caught:
     """While entered, the first signal that asks for a stop calls ``ask`` with its number, and the second one ends.
 
-    SIGUSR1 and SIGUSR2 ask, and never end. Without ``ask`` the first one ends; but once another that asks was entered
-    within and has ended well, what the process was to do is done: a signal that comes too late for that is borne, or
-    it would end one rank otherwise than the others, and the second one ends. Does nothing in threads other than the
-    main one: whoever owns the process owns its signals.
+    SIGUSR1 and SIGUSR2 ask, and never end; those that come without ``ask`` are for who is entered next with it. Without
+    ``ask`` the first of the others ends; but once another that asks was entered within and has ended well, what the
+    process was to do is done: a signal that comes too late for that is borne, or it would end one rank otherwise than
+    the others, and the second one ends. Does nothing in threads other than the main one: whoever owns the process owns
+    its signals.
 
     Args:
         ask: called in the main thread, and in another one; only sets a flag.
@@ -43,15 +45,15 @@ class Caught:
         self._before: dict[int, object] = {}
         self._orders = self._orders_told = 0 if ask is not None else 1  # that the main thread has seen, and the other
         self._bears = False
+        self._early: list[int] = []  # that asked before there was anybody to ask
         self._pipe: tuple[int, int] | None = None
         self._wakeup_before = -1
         self._thread: threading.Thread | None = None
         self._last: threading.Timer | None = None  # ends the process
 
     def __enter__(self) -> Caught:
-        numbers = ENDING if self._ask is None else (*ENDING, *ASKING)
         try:
-            for number in numbers:
+            for number in (*ENDING, *ASKING):
                 self._before[number] = signal.signal(number, self._handle)
         except ValueError:
             return self  # not the main thread
@@ -61,6 +63,10 @@ class Caught:
         self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, args=(self._pipe[0],), name="signals", daemon=True)
         self._thread.start()
+        if (ask := self._ask) is not None:
+            for outer in _entered:
+                while outer._early:
+                    ask(outer._early.pop())
         _entered.append(self)
         return self
 
@@ -92,7 +98,7 @@ class Caught:
         return dict.fromkeys(before, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number in ENDING:
+        if number in ENDING and not self._never_ends():
             self._orders += 1
             if self._orders > 1 and self._ask is None:
                 leave(128 + number)
@@ -102,6 +108,8 @@ class Caught:
                 raise Terminated(128 + number)
         if self._ask is not None:
             self._ask(number)
+        elif number in ASKING:
+            self._early.append(number)
 
     def _watch(self, pipe: int) -> None:
         """Read the numbers of signals; after the order, end the process unless it ends by itself."""
@@ -109,13 +117,21 @@ class Caught:
             for number in os.read(pipe, 64):
                 if number == 0:
                     return
-                self._orders_told += number in ENDING
-                if self._orders_told > 1 and number in ENDING:
+                ends = number in ENDING and not self._never_ends()
+                self._orders_told += ends
+                if self._orders_told > 1 and ends:
                     self._last = threading.Timer(self._patience, leave, (128 + number,))
                     self._last.daemon = True
                     self._last.start()
                 elif self._ask is not None and number in (*ENDING, *ASKING):
                     self._ask(number)
+
+    def _never_ends(self) -> bool:
+        """Return whether every signal is a question: distloop's agent knows the second one, and kills.
+
+        A scheduler may signal all processes of a job, so that one comes from it and one from the agent.
+        """
+        return (self._ask is not None or self._bears) and os.environ.get(AGENT) == str(os.getppid())
 
     def _close(self) -> None:
         for end in self._pipe or ():
@@ -129,15 +145,16 @@ _entered: list[Caught] = []
 def _in_child() -> None:
     """Leave the parent's pipe alone in a forked process, as a worker is; it ends with its parent, not before it.
 
-    Ctrl-C goes to all processes of a terminal. A worker that ended at once would take the agreed stop's batches along.
+    Ctrl-C goes to all processes of a terminal, and a scheduler's warning may go to all of a job. A worker that ended at
+    once would take the agreed stop's batches along.
     """
     if not _entered:
         return
     with suppress(ValueError):  # forked by another thread than the main one
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGTERM, *ASKING):
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in (signal.SIGINT, *ASKING):
+            signal.signal(number, signal.SIG_IGN)
     for caught in _entered:
         caught._close()
     _entered.clear()

@@ -7,7 +7,7 @@
 # Everything ends in exec: signals come to the agent, and its exit code is the container's.
 set -eu
 
-AGENT=torch.distributed.run
+AGENT=distloop.agent
 
 case "${1-}" in
 train | calibrate | doctor)

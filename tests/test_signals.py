@@ -136,6 +136,26 @@ def test_a_signal_that_comes_when_a_run_has_ended_is_borne_and_a_second_ends(num
         assert process.communicate() == ("borne\n" if code == 75 else "", "")
 
 
+EARLY = """
+import signal
+from distloop.signals import Caught
+with Caught(None):
+    for name in ("USR1", "USR2"):
+        signal.raise_signal(signal.Signals["SIG" + name])
+    asked = []
+    with Caught(asked.append):
+        print(sorted(asked))
+    with Caught(print):
+        pass
+"""
+
+
+def test_what_asks_for_a_stop_before_a_run_is_for_that_run() -> None:
+    with started("-c", EARLY) as process:
+        assert process.wait(10) == 0
+        assert process.communicate() == ("[10, 12]\n", "")
+
+
 AT_THE_END = """
 import atexit, os, signal, sys
 from distloop.signals import Caught

@@ -1,0 +1,1 @@
+"""How ranks are started: commands and files, rendered by pure functions."""
