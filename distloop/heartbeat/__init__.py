@@ -135,13 +135,15 @@ class Heartbeat:
         """Return in words what became of a rank of this host that has ended; waits ``seconds`` for that to show.
 
         If none has, a connection was lost for another reason, and it may be known to another rank: wait ``longer`` for
-        what that one posts. Who gives up waiting for a frozen rank closes its connections to the others.
+        what that one posts. Who gives up waiting for a frozen rank closes its connections to the others. A rank of
+        another host shows by its beats that it has ended: wait for some of them.
         """
         self.failing.set()
         found = self._watch.fate(seconds)
-        deadline = time.monotonic() + longer
+        deadline = time.monotonic() + max(longer, self._watch.notice)
         while found is None and self._pulse.abort is None and time.monotonic() < deadline:
             time.sleep(0.02)
+            found = self._watch.absent()
         return found
 
     def end(self) -> None:

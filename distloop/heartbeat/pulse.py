@@ -54,7 +54,7 @@ class Pulse:
         self.rounds = 0  # that the store has answered
         self.lost: str | None = None  # why there is no store any more
         self.suspects: set[int] = set()  # of whom it is asked whether they have finished
-        self._beat, self._poll = beat, poll
+        self.beat, self._poll = beat, poll
         self._wake, self._ended = threading.Event(), False
         self._silent = False
         self._beats = 0
@@ -94,18 +94,18 @@ class Pulse:
 
     def _round(self, store: Store) -> None:
         now = time.monotonic()
-        if now - self._beaten >= self._beat:
+        if now - self._beaten >= self.beat:
             self._beats, self._beaten = self._beats + 1, now
             store.set(f"beat/{self.rank}", f"{self._beats} {self.step}")
         if self.abort is None and store.check([ABORT]):
             self.abort = store.get(ABORT).decode()
-        silent = {rank for rank, peer in self.peers.items() if peer.silence > 2 * self._beat}
+        silent = {rank for rank, peer in self.peers.items() if peer.silence > 2 * self.beat}
         for rank in (self.suspects | silent) - self.finished:
             if store.check([f"finished/{rank}"]):
                 self.finished.add(rank)
-        if now - self._read >= self._beat:
+        if now - self._read >= self.beat:
             since, self._read = now - self._read, now
-            self._hear(store, min(since, 2 * self._beat))
+            self._hear(store, min(since, 2 * self.beat))
 
     def _begun(self, store: Store, rank: int) -> bool:
         return bool(store.check([f"beat/{rank}"]))

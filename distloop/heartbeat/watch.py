@@ -59,6 +59,18 @@ class Watch:
             time.sleep(0.01)
         return next((self._story(rank) for rank in list(self._dead)), None)
 
+    @property
+    def notice(self) -> float:
+        """Seconds after which a rank of another host that has ended is known by its silence; 0 if there is none."""
+        return 5 * self._pulse.beat if len(self._processes) < len(self._pulse.peers) else 0.0
+
+    def absent(self) -> str | None:
+        """Return in words which rank of another host has missed beats, where it is known that one is gone."""
+        for rank, peer in self._pulse.peers.items():
+            if not peer.here and rank not in self._pulse.finished and peer.silence >= 2 * self._pulse.beat:
+                return f"rank {rank} has not been heard from for {peer.silence:.1f} s{self._at(rank)}"
+        return None
+
     def cut_off(self, verdict: Verdict) -> Verdict:
         """Return the verdict as of the rank that speaks on this host, where ranks cannot ask each other who does."""
         here = [rank for rank in self._processes if rank not in self._dead]
