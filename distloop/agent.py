@@ -10,6 +10,8 @@ processes of a job. This is torchrun, with its arguments, in this process; other
 * SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 go to each rank, once, as soon as it can bear them, and nothing is ended:
   who sends them says how long to wait. The second of the first three kills the ranks. To the ranks each of them is a
   question, however often it comes: ``AGENT`` in their environment says who else counts.
+* an agent that has lost the others' store ends its ranks, after the time in which they end by themselves: one that
+  stands still would be left behind.
 * ranks that stopped or found what another attempt will find as well are not started again by ``--max-restarts``.
 """
 
@@ -27,7 +29,7 @@ from typing import Any, NoReturn
 
 from distloop.agent_signals import Passing
 from distloop.ending import leave
-from distloop.errors import INTERRUPTED, REQUEUE, TERMINATED
+from distloop.errors import INTERRUPTED, REQUEUE, TERMINATED, RankDiedError
 from distloop.signals import AGENT
 
 # The root cause comes before what follows from it on other ranks, that before a stop, and a stop before what killed.
@@ -76,6 +78,10 @@ def _run(arguments: list[str], passing: Passing) -> int:
     except Exception as raised:
         failure = raised
     code = telling(process.poll() or 0 for process in passing.processes)
+    if passing.cut_off:
+        sentence = "the agents' store has ended, or cannot be reached: ended the ranks of this host"
+        print(f"distloop: {sentence}", file=sys.stderr, flush=True)
+        return RankDiedError.exit_code
     if failure is not None and code == 0:
         return passing.code or _say(failure, parsed)
     if not passing.told:
@@ -99,6 +105,10 @@ def _agent(passing: Passing) -> type[Any]:
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
     class Agent(LocalElasticAgent):
+        def _rendezvous(self, worker_group: Any) -> None:
+            super()._rendezvous(worker_group)
+            passing.watch(worker_group.store if worker_group.group_world_size > 1 else None)
+
         def _start_workers(self, worker_group: Any) -> dict[int, Any]:
             passing.processes = []
             pids: dict[int, Any] = super()._start_workers(worker_group)

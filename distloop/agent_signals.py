@@ -8,9 +8,12 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from distloop.agent_store import StoreWatch
 from distloop.ending import leave
 
 ENDING = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signal.SIGHUP: signal.SIGTERM}
@@ -27,11 +30,13 @@ class Passing:
         processes: the ranks there are.
         told: whether any signal has come.
         code: the exit code of the signal to end that has come, or 0.
+        cut_off: whether the ranks were ended because other hosts cannot be reached.
     """
 
     def __init__(self) -> None:
         self.processes: list[subprocess.Popen[bytes]] = []
-        self.told, self.code = False, 0
+        self.told, self.code, self.cut_off = False, 0, False
+        self._store: StoreWatch | None = None
         self._wishes: list[signal.Signals] = []
         self._passed: set[tuple[int, int]] = set()
         self._ordered = self._seen = 0.0
@@ -42,6 +47,17 @@ class Passing:
             signal.signal(number, lambda number, frame: None)
         signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
+
+    def watch(self, store: Any) -> None:
+        """Watch the store that the agents of several hosts have in common, if there are any, in place of one before."""
+        if self._store is not None:
+            self._store.end()
+        self._store = None if store is None else StoreWatch(store, self._lost)
+
+    def _lost(self) -> None:
+        alive = [process for process in self.processes if process.returncode is None]
+        self.cut_off = bool(alive)
+        self._kill(alive)
 
     def _watch(self) -> None:
         while True:
@@ -57,7 +73,8 @@ class Passing:
         passed = signal.Signals((ENDING | ASKING).get(signal.Signals(number), number))
         if number in ENDING:
             if self.code and now - self._ordered > ONE:
-                self._kill(128 + passed)
+                self._kill(self.processes)
+                leave(128 + passed)
             if not self.code:
                 self._ordered = self._seen = now
             self.code = self.code or 128 + passed
@@ -78,11 +95,10 @@ class Passing:
         elif self.code and time.monotonic() - self._seen > (PATIENCE if self.processes else 0):
             leave(self.code)
 
-    def _kill(self, code: int) -> None:
-        for process in self.processes:
+    def _kill(self, processes: Iterable[subprocess.Popen[bytes]]) -> None:
+        for process in processes:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)  # each is the first of a session
-        leave(code)
 
 
 def catches(pid: int, number: int) -> bool:

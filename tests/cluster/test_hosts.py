@@ -165,11 +165,11 @@ def cut_link(cluster: Cluster, hosts: Hosts) -> None:
 @pytest.mark.parametrize(
     ("harm", "codes", "named"),
     [
-        (kill_rank, {10}, r"rank 1\b.*(?:was killed by signal 9|SIGKILL|has ended)"),
-        (kill_agent, {10}, r"rank 1\b"),
-        (kill_host, {10}, r"rank 1\b"),
-        (freeze_rank, {11}, r"rank 1 .*h1.*(?:stands still|frozen|not been heard|no sign)"),
-        (cut_link, {10, 11, 3}, r"rank [01]\b"),
+        (kill_rank, {10}, r"rank 1 has not been heard from for .* on h1 \(process \d+\)"),
+        (kill_agent, {10}, r"rank 1 has not been heard from for .* on h1 \(process \d+\)"),
+        (kill_host, {10}, r"rank 1 has not been heard from for .* on h1 \(process \d+\)"),
+        (freeze_rank, {11}, r"rank 1 has not been heard from for 3 s.* on h1 \(process \d+\): it, its host or the net"),
+        (cut_link, {11}, r"rank 1 has not been heard from for 3 s.* on h1 \(process \d+\): it, its host or the net"),
     ],
 )
 def test_what_dies_is_named_and_nobody_is_left(
@@ -193,7 +193,7 @@ def test_what_dies_is_named_and_nobody_is_left(
         assert "Traceback" not in cluster.said(), cluster.said()
         if harm is cut_link:
             hosts.heal(1)
-        cluster.wait(40)
+        cluster.wait(60)
         cluster.until(lambda: not any(cluster.pids(host, "distloop") for host in range(2)), 10)
     finally:
         cluster.end()
