@@ -29,12 +29,14 @@ class Master:
         ports: where it answers, at the first that is free; one, if somebody chose it.
         job: what tells this job from others; "" where nothing does.
         attempt: which start of the job this is, where the launcher starts it again after a failure.
+        other_host: whether the launcher says that rank 0 is on another host than this process.
     """
 
     address: str
     ports: tuple[int, ...]
     job: str = ""
     attempt: int = 0
+    other_host: bool = False
 
     @property
     def where(self) -> str:
@@ -65,7 +67,10 @@ class Master:
                 everywhere=True,
             )
         restart = env.get("TORCHELASTIC_RESTART_COUNT", "")
-        return cls(address, ports or (_port(port),), job_of(world, env), int(restart) if restart.isdecimal() else 0)
+        attempt = int(restart) if restart.isdecimal() else 0
+        node = env.get("SLURM_NODEID" if in_slurm else "GROUP_RANK", "0")
+        other = world.launcher in ("torchrun", "Slurm") and node != "0"
+        return cls(address, ports or (_port(port),), job_of(world, env), attempt, other)
 
 
 def job_of(world: World, env: Mapping[str, str]) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from distloop.errors import WorldError
 from distloop.master import Master, first_host
-from distloop.transports import addresses
+from distloop.transports import addresses, listening
 from distloop.transports.addresses import interface_of, own_address, resolve, source_address
 from distloop.world import World
 
@@ -134,3 +134,63 @@ def test_real_addresses() -> None:
     assert source_address("127.0.0.1") == "127.0.0.1"
     assert interface_of("127.0.0.1") in ("lo", "lo0")
     assert resolve("127.0.0.1") == ["127.0.0.1"]
+
+
+def master(address: str, port: int = 29500, **more: Any) -> Master:
+    return Master(address, (port,), **more)
+
+
+@pytest.mark.parametrize(
+    ("world", "address", "resolved", "where", "here"),
+    [
+        (World(0, 2, 0, 2), "h0", ["10.0.0.1"], ["127.0.0.1"], True),  # nobody else is to reach it
+        (World(0, 2, 0, 2), "::1", ["::1"], ["::1"], True),
+        (World(0, 2, 0, 1), "h0", ["10.0.0.1", "fd00::1"], ["10.0.0.1", "fd00::1"], False),
+        (World(0, 2, 0, 1), "h0", ["127.0.1.1", "10.0.0.1"], ["10.0.0.1"], False),
+        (World(0, 2, 0, 1), "h0", ["127.0.1.1"], ["127.0.1.1"], False),  # as Debian resolves a host's own name
+        (World(0, 2, 0, 1), "localhost", ["127.0.0.1"], ["127.0.0.1"], False),  # as some operators tell rank 0
+        (World(1, 2, 1, 2, host_known=False), "127.0.0.1", ["127.0.0.1"], ["127.0.0.1"], True),
+        (World(1, 2, 1, 2, host_known=False), "h0", ["127.0.1.1"], ["127.0.1.1"], False),
+        (World(2, 4, 1, 2), "h0", ["127.0.1.1"], ["127.0.1.1"], False),  # on rank 0's host, where ranks are dealt out
+    ],
+)
+def test_where_rank_0_is_looked_for(
+    monkeypatch: pytest.MonkeyPatch, world: World, address: str, resolved: list[str], where: list[str], here: bool
+) -> None:
+    monkeypatch.setattr(listening, "resolve", lambda name: resolved)
+    assert listening.addresses_of_master(world, master(address)) == (where, here)
+
+
+def test_a_rank_of_another_host_knows_that_loopback_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listening, "resolve", lambda name: ["127.0.1.1"])
+    there = Master.from_environment(World(1, 2, 0, 1, "torchrun"), BARE | {"GROUP_RANK": "1"})
+    with pytest.raises(WorldError, match=r"MASTER_ADDR='h0' is .* itself, and rank 0 is on another host: set it to a"):
+        listening.addresses_of_master(World(1, 2, 0, 1, "torchrun"), there)
+
+
+def test_listeners_close_where_one_address_is_taken() -> None:
+    with socket.create_server(("127.0.0.2", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(WorldError, match=rf"127\.0\.0\.2:{port} is in use by process {os.getpid()} \("):
+            listening.listen(["127.0.0.1", "127.0.0.2"], master("h0", port))
+        with socket.create_server(("127.0.0.1", port)):
+            pass  # it is free again
+
+
+def test_an_address_before_this_host_is_answered_on_all_of_its_own() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    (listener,) = listening.listen(["192.0.2.77"], master("service", port))
+    with listener, socket.create_connection(("127.0.0.1", port), 5):
+        pass
+    with socket.create_server(("", 0)) as taken, pytest.raises(WorldError, match=r"192\.0\.2\.77:\d+ is in use by"):
+        listening.listen(["192.0.2.77"], master("service", taken.getsockname()[1]))
+
+
+def test_the_next_port_is_taken_where_there_is_a_choice() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as free:
+        ports = (taken.getsockname()[1], free.getsockname()[1])
+        free.close()
+        (listener,) = listening.listen(["127.0.0.1"], Master("h0", ports))
+        assert listener.getsockname()[1] == ports[1]
+        listener.close()

@@ -37,13 +37,17 @@ class Rolled:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.where = [("127.0.0.1", self.listener.getsockname()[1])]
         self.said: list[str] = []
-        self.call = RollCall(own, self.listener, STORE, timeout, self.said.append)
+        self.sure = True
+        self.call = RollCall(own, [self.listener], STORE, timeout, self.said.append)
         self.results: dict[int, Verdict | DistloopError] = {}
         self._threads: list[threading.Thread] = []
         self._start(-1, self.call.hold)
 
     def come(self, own: Caller, timeout: float = 10.0, key: int | None = None) -> None:
-        self._start(own.rank if key is None else key, lambda: introduce(own, self.where, timeout, self.said.append))
+        self._start(
+            own.rank if key is None else key,
+            lambda: introduce(own, lambda: self.where, timeout, self.said.append, sure=self.sure),
+        )
 
     def _start(self, key: int, work: Callable[[], Verdict]) -> None:
         def run() -> None:
@@ -89,6 +93,7 @@ def test_all_come_and_hear_where_to_meet() -> None:
             {"size": 3},
             "rank 1 (process 101 on host1) was started as one of 3 ranks, and rank 0 (process 100 on host0) as",
         ),
+        ({"rank": 2}, "rank 2 (process 101 on host1) is none of the ranks 0 to 1 of rank 0 (process 100 on host0)"),
         ({"facts": {"lr": 0.2}}, "ranks differ: lr is 0.1 on rank 0 (process 100 on host0) and 0.2 on rank 1 (process"),
         ({"facts": {"lr": 0.1, "new": 1}}, "ranks differ: new is null on rank 0"),
         ({"address": "127.0.0.1"}, "rank 1 (process 101 on host1) can be reached at 127.0.0.1 alone, and other ranks"),
@@ -97,7 +102,7 @@ def test_all_come_and_hear_where_to_meet() -> None:
 def test_what_does_not_fit_is_said_to_all_at_once(other: dict[str, Any], message: str) -> None:
     with rolled() as roll:
         begun = time.monotonic()
-        roll.come(caller(1, **other))
+        roll.come(replace(caller(1), **other), key=1)
         heard = refusals(roll.end())
         assert time.monotonic() - begun < 2
     assert len(heard) == 2 and heard[0] == heard[1] and heard[0].startswith(message)
@@ -118,7 +123,7 @@ def test_who_comes_when_all_are_there_is_refused_alone() -> None:
         assert refusals(roll.end()) == ["", ""]
         for late in (caller(1, pid=7), caller(2, 3)):
             with pytest.raises(WorldError, match=r"the run goes on with those it began with") as refused:
-                introduce(late, roll.where, 5, roll.said.append)
+                introduce(late, lambda: roll.where, 5, roll.said.append)
             assert not refused.value.everywhere
 
 
@@ -127,7 +132,7 @@ def test_jobs_never_merge() -> None:
         with pytest.raises(
             WorldError, match=r"belongs to another job, job A, whose rank 0 is process 100 on host0: give"
         ):
-            introduce(caller(1, job="job B"), roll.where, 5, roll.said.append)
+            introduce(caller(1, job="job B"), lambda: roll.where, 5, roll.said.append)
         roll.come(caller(1))
         assert refusals(roll.end()) == ["", ""]
         assert whose(*roll.where[0]).startswith("belongs to another job, job A, whose rank 0 is process 100 on host0")
@@ -143,7 +148,7 @@ def test_ranks_find_the_port_that_rank_0_took() -> None:
     with rolled(job="other") as other, rolled() as roll, socket.create_server(("127.0.0.1", 0)) as closed:
         nobody = closed.getsockname()
         closed.close()
-        roll.where = [nobody, *other.where, *roll.where]
+        roll.where, roll.sure = [nobody, *other.where, *roll.where], False
         roll.come(caller(1))
         assert roll.end()[1] == Verdict(store=STORE)
         other.come(caller(1, job="other"))
@@ -183,7 +188,7 @@ def test_rank_0_that_leaves_is_no_longer_waited_for() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         threading.Thread(target=rank_0, args=(server,), daemon=True).start()
         with pytest.raises(RankDiedError, match=r"rank 0 \(on 127.0.0.1\) ended before all ranks had come"):
-            introduce(caller(1), [server.getsockname()], 5, print)
+            introduce(caller(1), lambda: [server.getsockname()], 5, print)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +222,7 @@ def test_a_stranger_on_the_port_is_told_from_rank_0(
     with socket.create_server(("127.0.0.1", 0)) as server:
         threading.Thread(target=stranger, args=(server,), daemon=True).start()
         with pytest.raises(WorldError) as refused:
-            introduce(caller(1), [server.getsockname()], 5, print)
+            introduce(caller(1), lambda: [server.getsockname()], 5, print)
     assert message in str(refused.value)
 
 
@@ -227,7 +232,7 @@ def test_nobody_there_is_an_error_after_the_timeout(monkeypatch: pytest.MonkeyPa
         where = server.getsockname()
     said: list[str] = []
     with pytest.raises(WorldError, match=r"could not reach rank 0 at 127.0.0.1:\d+ within 1 s: connection refused; is"):
-        introduce(caller(1), [where], 1.0, said.append)
+        introduce(caller(1), lambda: [where], 1.0, said.append)
     assert said and "has not reached rank 0" in said[0]
 
 
@@ -265,3 +270,55 @@ def test_after_all_strangers_the_ranks_still_come() -> None:
     for connection in silent:
         connection.close()
     roll.call.close()
+
+
+def test_whoever_is_told_to_no_longer_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(sentence: str) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("distloop.transports.roll_call.NOTICE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        call = RollCall(caller(0), [listener], STORE, 0.6, gone)
+        assert "rank 1 of 2 did not come" in call.hold().refused
+        call.close()
+
+
+def test_a_roll_call_that_breaks_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*callers: Any) -> str:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr("distloop.transports.roll_call.difference", broken)
+    monkeypatch.setattr(RollCall, "_serve", broken)
+    call = RollCall(caller(0), [], STORE, 600.0, print)
+    assert call.hold().refused == "rank 0 could not call the roll: no more"
+
+
+def test_an_address_that_was_is_asked_for_again() -> None:
+    """The store of an agent may still say where an earlier rank 0 was."""
+    with rolled() as roll, socket.create_server(("127.0.0.1", 0)) as closed:
+        nobody = closed.getsockname()
+        closed.close()
+        answers = [[nobody], [nobody], roll.where]
+        where = lambda: answers.pop(0) if len(answers) > 1 else answers[0]  # noqa: E731
+        assert introduce(caller(1), where, 5.0, print, sure=False) == Verdict(store=STORE)
+
+
+def test_rank_0_answers_at_all_addresses_of_its_name() -> None:
+    listeners = [socket.create_server((f"127.0.0.{i}", 0)) for i in (1, 2)]
+    call = RollCall(caller(0, 3), listeners, STORE, 10.0, print)
+    heard: list[Verdict] = []
+    others = [
+        threading.Thread(
+            target=lambda one=one, rank=rank: heard.append(
+                introduce(caller(rank, 3), lambda: [one.getsockname()], 5.0, print)
+            )
+        )
+        for rank, one in enumerate(listeners, 1)
+    ]
+    for other in others:
+        other.start()
+    assert call.hold() == Verdict(store=STORE)
+    for other in others:
+        other.join(5)
+    call.close()
+    assert heard == [Verdict(store=STORE)] * 2

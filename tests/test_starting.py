@@ -114,6 +114,13 @@ def test_two_jobs_on_one_port_never_merge(tmp_path: Path) -> None:
     assert [one.code for one in ended] == [0, 0], [one.err for one in ended]
 
 
+def test_jobs_that_differ_in_their_names_alone_do_not_merge(tmp_path: Path) -> None:
+    port = free_port()
+    ended = end(*(begin(tmp_path / name, rank(n, 2, port), "--log.name", name) for n, name in enumerate("ab")))
+    assert [one.code for one in ended] == [3, 3]
+    assert 'configuration log.name is "a" on rank 0' in said(ended)[0]
+
+
 def test_a_port_in_use_says_whose_it_is(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         (ended,) = end(begin(tmp_path / "r0", rank(0, 2, server.getsockname()[1])))
@@ -128,7 +135,7 @@ def test_a_master_that_does_not_resolve(tmp_path: Path) -> None:
 
 
 def test_the_master_of_several_hosts_is_not_loopback(tmp_path: Path) -> None:
-    own = rank(1, 2, free_port(), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    own = rank(1, 2, free_port(), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", GROUP_RANK="1")
     (ended,) = end(begin(tmp_path / "r1", own))
     assert ended.code == 3
     assert "MASTER_ADDR='127.0.0.1' is" in said([ended])[0] and "rank 0 is on another host" in said([ended])[0]

@@ -18,7 +18,6 @@ from distloop.settings import Resolved
 # What a rank may have of its own.
 OWN = {
     "log.directory",
-    "log.name",
     "log.progress",
     "log.tensorboard",
     "log.picture",

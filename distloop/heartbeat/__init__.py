@@ -143,7 +143,7 @@ class Heartbeat:
         deadline = time.monotonic() + max(longer, self._watch.notice)
         while found is None and self._pulse.abort is None and time.monotonic() < deadline:
             time.sleep(0.02)
-            found = self._watch.absent()
+            found = self._watch.absent() or self._watch.without_store()
         return found
 
     def end(self) -> None:

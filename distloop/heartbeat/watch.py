@@ -71,6 +71,12 @@ class Watch:
                 return f"rank {rank} has not been heard from for {peer.silence:.1f} s{self._at(rank)}"
         return None
 
+    def without_store(self) -> str | None:
+        """Return in words that rank 0's process cannot be reached any more, if it keeps the store and cannot."""
+        if self._pulse.lost is None or self._in_launcher:
+            return None
+        return f"rank 0, which keeps the store, has ended or cannot be reached{self._at(0)}"
+
     def cut_off(self, verdict: Verdict) -> Verdict:
         """Return the verdict as of the rank that speaks on this host, where ranks cannot ask each other who does."""
         here = [rank for rank in self._processes if rank not in self._dead]
@@ -123,7 +129,8 @@ class Watch:
             self._without_store(pulse.lost)
 
     def _without_store(self, reason: str | None) -> None:
-        who = "the launcher, which keeps the store of these ranks," if self._in_launcher else "rank 0"
+        who = f"the launcher on {os.environ.get('MASTER_ADDR')}, which keeps the store of these ranks,"
+        who = who if self._in_launcher else "rank 0"
         if reason is not None:
             self._fail(RankDiedError.exit_code, f"{who} has ended, or cannot be reached ({reason})")
         if self._in_launcher and self._launcher is not None and self._stands_still(self._launcher.pid):
@@ -172,7 +179,7 @@ class Watch:
         if verdict.exit_code == RankHungError.exit_code:
             self._dump()
         reported = self._own.failing.wait(PATIENCE)
-        if self._ended.wait(REPORTING if reported else 0):
+        if self._ended.wait(REPORTING + self.notice if reported else 0):
             return
         if verdict.rank == self._own.rank and not reported:
             self._own.report(verdict)

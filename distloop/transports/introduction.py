@@ -7,7 +7,6 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -64,46 +63,49 @@ def who_this_is(rank: int, size: int, job: str, place: str, address: str, facts:
 
 def introduce(
     own: Caller,
-    where: Sequence[tuple[str, int]],
+    where: Callable[[], Sequence[tuple[str, int]]],
     timeout: float,
     say: Callable[[str], None],
     *,
+    sure: bool = True,
     everywhere: bool = False,
+    hint: str = "is it started, on that host, and may connections pass?",
 ) -> Verdict:
-    """Tell rank 0 who this is, at the first of ``where`` at which this job answers; return its verdict.
+    """Tell rank 0 who this is; return its verdict.
 
-    ``everywhere``: the ranks of a host are known, so that one of them need say that rank 0 cannot be reached.
+    Args:
+        own: this rank.
+        where: returns the addresses and ports at which rank 0 may answer; asked again as long as it does not.
+        timeout: seconds for rank 0 to answer, and then for all ranks to come.
+        say: tells the user a sentence.
+        sure: nobody but rank 0 has a right to be there, so whoever else answers is an error at once.
+        everywhere: the ranks of a host are known, so that one of them need say that rank 0 cannot be reached.
+        hint: what to look at if rank 0 cannot be reached.
 
     Raises:
         WorldError: rank 0 does not answer, another does, or the run cannot begin.
         RankDiedError: rank 0 ended before all ranks had come.
     """
     deadline, notice = time.monotonic() + timeout, time.monotonic() + NOTICE
-    shown = " or ".join(f"{host}:{port}" for host, port in where)
-    reason = "it does not answer"
     while True:
-        for host, port in where:
+        reasons = []
+        for host, port in (tried := where()):
             try:
                 verdict = _ask(own, host, port, deadline)
             except OSError as failure:
-                reason = (failure.strerror or str(failure) or "no answer").lower()
-                continue
-            except WorldError as failure:
-                if len(where) == 1:
-                    failure.everywhere = everywhere
-                    raise
-                reason = str(failure)  # rank 0 has taken the next port
-                continue
-            if not verdict.elsewhere:
+                reasons.append((failure.strerror or str(failure) or "no answer").lower())
+            except _StrangerError as failure:
+                if sure:
+                    raise WorldError(str(failure), everywhere=everywhere) from None
+                reasons.append(str(failure))
+            else:
                 return verdict.check()
-            if len(where) == 1:
-                raise WorldError(f"{host}:{port} {verdict.refused}: {ADVICE}", everywhere=everywhere)
-            reason = f"{host}:{port} {verdict.refused}"
+        shown, reason = " or ".join(f"{host}:{port}" for host, port in tried), "; ".join(dict.fromkeys(reasons))
         now = time.monotonic()
         if now >= deadline:
             raise WorldError(
                 f"rank {own.rank} of {own.size} could not reach rank 0 at {shown} within {timeout:g} s: {reason}; "
-                "is it started, on that host, and may connections pass?",
+                f"{hint}",
                 everywhere=everywhere,
             )
         if now >= notice:
@@ -115,19 +117,28 @@ def introduce(
 def whose(address: str, port: int) -> str:
     """Return in words whose port this is, that cannot be had."""
     stranger = Caller(-1, 0, "", "", 0, "", "")
-    with suppress(OSError, WorldError):
-        if (verdict := _ask(stranger, address, port, time.monotonic() + 2.0, 2.0)).elsewhere:
-            return f"{verdict.refused}: {ADVICE}"
+    try:
+        _ask(stranger, address, port, time.monotonic() + 2.0, 2.0)
+    except _StrangerError as failure:
+        if (told := str(failure).partition(" ")[2]).startswith("belongs to"):
+            return told
+    except (OSError, RankDiedError):
+        pass
     owner = listener(port) or "another program"
     return f"is in use by {owner}: set MASTER_PORT to a free port of rank 0's host"
 
 
+class _StrangerError(Exception):
+    """Somebody listens there, who is not rank 0 of this job."""
+
+
 def _ask(own: Caller, host: str, port: int, deadline: float, patience: float | None = None) -> Verdict:
-    """Return the verdict of who listens there; waits for it until all ranks have come or the deadline.
+    """Return rank 0's verdict, when all ranks have come.
 
     Raises:
         OSError: nobody can be reached.
-        WorldError: somebody who is no rank 0.
+        _StrangerError: somebody else, as it says or by what it does.
+        RankDiedError: rank 0 ended while it was waited for.
     """
     timeout = max(0.1, min(5.0, deadline - time.monotonic()))
     with socket.create_connection((host, port), timeout) as connection, connection.makefile("rb") as lines:
@@ -140,7 +151,10 @@ def _ask(own: Caller, host: str, port: int, deadline: float, patience: float | N
                 # Rank 0 decides at its own deadline, which is later than this rank's by what it began later.
                 connection.settimeout(max(deadline - time.monotonic(), 0.0) + 60.0)
                 answer = _read(lines.readline(LONGEST))
-            return _verdict(answer)
+            verdict = _verdict(answer)
+            if verdict.elsewhere:
+                raise _StrangerError(f"{host}:{port} {verdict.refused}: {ADVICE}")
+            return verdict
         except (TimeoutError, ConnectionResetError, BrokenPipeError, EOFError) as failure:
             if heard:
                 raise RankDiedError(f"rank 0 (on {host}) ended before all ranks had come", everywhere=True) from failure
@@ -149,7 +163,7 @@ def _ask(own: Caller, host: str, port: int, deadline: float, patience: float | N
             reason = "says nothing"
         except (ValueError, KeyError, TypeError):
             reason = "speaks otherwise"
-    raise WorldError(f"{host}:{port} is not rank 0 of a run of distloop: what listens there {reason}; {ADVICE}")
+    raise _StrangerError(f"{host}:{port} is not rank 0 of a run of distloop: what listens there {reason}; {ADVICE}")
 
 
 def _verdict(answer: Mapping[str, Any]) -> Verdict:

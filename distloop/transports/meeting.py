@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
+import secrets
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,14 +21,14 @@ from torch.distributed.rendezvous import rendezvous
 
 from distloop.errors import WorldError
 from distloop.master import Master
-from distloop.transports.addresses import close_in_children, is_loopback, own_address, resolve, use_interface
+from distloop.transports.addresses import close_in_children, is_loopback, own_address, use_interface
 from distloop.transports.hosts import host
-from distloop.transports.introduction import Caller, introduce, who_this_is, whose
+from distloop.transports.introduction import Caller, introduce, who_this_is
+from distloop.transports.listening import EVERYWHERE, LOCAL, NAME_IT, addresses_of_master, family, listen
 from distloop.transports.roll_call import RollCall
 from distloop.world import World
 
 Answer = TypeVar("Answer")
-LOCAL = "127.0.0.1"
 
 
 @dataclass
@@ -38,6 +38,7 @@ class _Meeting:
     store: Store | None = None
     roll_call: RollCall | None = None  # of rank 0; it answers as long as the process lives
     connections: int = 0
+    generation: str = ""  # which start of these ranks it is, where the store has seen others
 
 
 _meeting = _Meeting()  # a process has one world, and its address one server
@@ -63,29 +64,65 @@ def meet(world: World, timeout: float, facts: Mapping[str, Any]) -> Store:
 
 def _at_master(world: World, master: Master, timeout: float, facts: Mapping[str, Any]) -> Store:
     """Meet at the master's address, where rank 0 answers."""
-    addresses, here = _addresses(world, master)
-    own = _introduction(world, master, LOCAL if here else own_address(master.address), facts)
+    addresses, here = addresses_of_master(world, master)
+    local = all(map(is_loopback, addresses))
+    own = _introduction(world, master, LOCAL if here else _own_address(master, local=local), facts)
     if world.rank == 0:
-        return _hold(own, _listen(addresses, master), timeout)
+        # A name that is loopback here alone, as on many systems the host's own is, leads the others elsewhere.
+        return _hold(own, listen([EVERYWHERE] if local and not here else addresses, master), timeout)
     where = [(address, port) for port in master.ports for address in addresses]
-    return join(introduce(own, where, timeout, _speaker(world), everywhere=world.host_known).store, world.size, timeout)
+    hint = "is it started, on that host, and may connections pass?"
+    if local and not here:
+        hint = (
+            f"MASTER_ADDR={master.address!r} is {socket.gethostname()} itself; if rank 0 is on another host, {NAME_IT}"
+        )
+    verdict = introduce(
+        own,
+        lambda: where,
+        timeout,
+        _speaker(world),
+        sure=len(master.ports) == 1,
+        everywhere=world.host_known,
+        hint=hint,
+    )
+    return join(verdict.store, world.size, timeout)
+
+
+def _own_address(master: Master, *, local: bool) -> str:
+    try:
+        return own_address(master.address)
+    except WorldError:
+        if local and "GLOO_SOCKET_IFNAME" not in os.environ:
+            return LOCAL  # a host without a network; if there are others, the roll call finds out
+        raise
 
 
 def _through_launcher(world: World, master: Master, timeout: float, facts: Mapping[str, Any]) -> Store:
-    """Meet where rank 0 says in the store that the launcher keeps, which outlives any rank."""
+    """Meet where rank 0 says in the store that the launcher keeps, which outlives any rank.
+
+    It also outlives ranks that were started again because a host has come or gone, without counting as a restart: what
+    an earlier rank 0 has said there counts as long as somebody answers at it.
+    """
     store: Store = next(rendezvous("env://", world.rank, world.size, timeout=timedelta(seconds=timeout)))[0]
     key = f"distloop/roll call/{master.attempt}"
     own = _introduction(world, master, LOCAL if world.single_host else own_address(master.address), facts)
     if world.rank == 0:
-        listener = close_in_children(socket.create_server((own.address, 0), family=_family(own.address)))
-        store.set(key, f"{own.address} {listener.getsockname()[1]}")
-        _call_roll(own, listener, "", timeout)
+        listener = close_in_children(socket.create_server((own.address, 0), family=family(own.address)))
+        where = f"{own.address} {listener.getsockname()[1]}"
+        _meeting.generation = f"{where} {secrets.token_hex(8)}"
+        _call_roll(own, [listener], _meeting.generation, timeout, lambda: store.set(key, where))
         return store
-    try:
-        address, port = store.get(key).decode().split()
-    except dist.DistError as failure:
-        raise WorldError(f"rank 0 of {world.size} did not come within {timeout:g} s", everywhere=True) from failure
-    introduce(own, [(address, int(port))], timeout, _speaker(world), everywhere=world.host_known)
+
+    def said() -> list[tuple[str, int]]:
+        try:
+            address, port = store.get(key).decode().split()
+        except dist.DistError as failure:
+            sentence = f"rank 0 of {world.size} did not come within {timeout:g} s"
+            raise WorldError(sentence, everywhere=True) from failure
+        return [(address, int(port))]
+
+    verdict = introduce(own, said, timeout, _speaker(world), sure=False, everywhere=world.host_known)
+    _meeting.generation = verdict.store
     return store
 
 
@@ -94,60 +131,29 @@ def _introduction(world: World, master: Master, address: str, facts: Mapping[str
     return who_this_is(world.rank, world.size, master.job, host(), address, facts)
 
 
-def _addresses(world: World, master: Master) -> tuple[list[str], bool]:
-    """Return where rank 0 may answer, and whether that is for ranks of this host alone."""
-    if world.single_host and not is_loopback(master.address):
-        return [LOCAL], True  # nobody else is to reach it
-    found = resolve(master.address)
-    if not all(is_loopback(address) for address in found):
-        return [address for address in found if not is_loopback(address)], False
-    several = world.host_known and world.local_size < world.size
-    if several and world.rank >= world.local_size:
-        raise WorldError(
-            f"MASTER_ADDR={master.address!r} is {socket.gethostname()} itself, and rank 0 is on another host: set it "
-            "to a name or an address of rank 0's host that the others reach",
-            everywhere=True,
-        )
-    return found, not several
-
-
-def _listen(addresses: list[str], master: Master) -> socket.socket:
-    """Return rank 0's listener, at the first port that is free.
-
-    Where the master's address is that of something before this host, or loopback for rank 0 alone, it is on all of this
-    host's addresses.
-    """
-    taken = ""
-    for port in master.ports:
-        for address in addresses:
-            try:
-                return close_in_children(socket.create_server((address, port), family=_family(address)))
-            except PermissionError as failure:
-                raise WorldError(f"MASTER_PORT={port} may not be listened at: {failure.strerror}") from failure
-            except OSError as failure:
-                if failure.errno == errno.EADDRINUSE:
-                    taken = taken or f"{address}:{port} {whose(address, port)}"
-                elif failure.errno == errno.EADDRNOTAVAIL:
-                    return close_in_children(socket.create_server(("", port)))
-                else:
-                    raise WorldError(f"rank 0 cannot listen at {address}:{port}: {failure}") from failure
-    raise WorldError(taken)
-
-
-def _hold(own: Caller, listener: socket.socket, timeout: float) -> Store:
+def _hold(own: Caller, listeners: Sequence[socket.socket], timeout: float) -> Store:
     store, port = serve(own.address, own.size, timeout)
-    _call_roll(own, listener, f"{own.address} {port}", timeout)
+    _call_roll(own, listeners, f"{own.address} {port}", timeout)
     return store
 
 
-def _call_roll(own: Caller, listener: socket.socket, store: str, timeout: float) -> None:
-    _meeting.roll_call = RollCall(own, listener, store, timeout, _say)
-    _meeting.roll_call.hold().check()
+def _call_roll(
+    own: Caller, listeners: Sequence[socket.socket], told: str, timeout: float, begin: Callable[[], None] | None = None
+) -> None:
+    """Let all ranks come, and tell them where they meet next; ``begin`` is called once they would be answered."""
+    _meeting.roll_call = roll_call = RollCall(own, listeners, told, timeout, _say)
+    try:
+        if begin is not None:
+            begin()
+        roll_call.hold().check()
+    except BaseException:
+        roll_call.close()  # the port is free again, for another attempt in this process
+        raise
 
 
 def serve(address: str, size: int, timeout: float) -> tuple[Store, int]:
     """Return a store that this process keeps at ``address``, and its port."""
-    listening = socket.create_server((address, 0), family=_family(address))
+    listening = socket.create_server((address, 0), family=family(address))
     port = listening.getsockname()[1]
     store = TCPStore(
         address,
@@ -168,10 +174,6 @@ def join(where: str, size: int, timeout: float) -> Store:
     return store
 
 
-def _family(address: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
-
-
 def _speaker(world: World) -> Callable[[str], None]:
     return _say if world.local_rank == 0 else lambda sentence: None  # the ranks of a host would all say the same
 
@@ -181,7 +183,7 @@ def _say(sentence: str) -> None:
 
 
 def _prefix() -> str:
-    return f"distloop/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_meeting.connections}"
+    return f"distloop/{_meeting.generation}/{_meeting.connections}"
 
 
 def has_met() -> bool:

@@ -12,7 +12,8 @@ from torch.distributed.distributed_c10d import Store
 from distloop.errors import WorldError
 from distloop.transports.addresses import own_address, use_interface
 from distloop.transports.base import Transport
-from distloop.transports.meeting import LOCAL, join, serve
+from distloop.transports.listening import LOCAL
+from distloop.transports.meeting import join, serve
 
 ADDRESS = 512  # bytes in which rank 0's address is told
 

@@ -38,17 +38,20 @@ class RollCall:
 
     Args:
         own: rank 0.
-        listener: bound and listening.
+        listeners: bound and listening; one for each address at which rank 0 may be looked for.
         store: what the others are told to meet at next.
         timeout: seconds that all ranks have to come.
         say: tells the user a sentence.
     """
 
-    def __init__(self, own: Caller, listener: socket.socket, store: str, timeout: float, say: Callable[[str], None]):
-        self._own, self._listener, self._store, self._timeout, self._say = own, listener, store, timeout, say
+    def __init__(
+        self, own: Caller, listeners: Sequence[socket.socket], store: str, timeout: float, say: Callable[[str], None]
+    ):
+        self._own, self._listeners, self._store, self._timeout, self._say = own, listeners, store, timeout, say
         self._here = {own.rank: own}
         self._begun = time.monotonic()
         self._verdict: Verdict | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._told = threading.Event()
         self._thread = threading.Thread(target=self._run, name="roll call", daemon=True)
 
@@ -61,16 +64,24 @@ class RollCall:
 
     def close(self) -> None:
         """Answer no more."""
-        self._loop.call_soon_threadsafe(self._closing.set)
-        self._thread.join(5.0)
+        if self._loop is not None and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._closing.set)
+            self._thread.join(5.0)
+        for listener in self._listeners:
+            listener.close()
 
     def _run(self) -> None:
-        asyncio.run(self._serve())
+        try:
+            asyncio.run(self._serve())
+        except Exception as failure:  # nobody is to wait for a thread that is gone
+            self._verdict = self._verdict or Verdict(refused=f"rank 0 could not call the roll: {failure}")
+        finally:
+            self._told.set()
 
     async def _serve(self) -> None:
         self._loop, self._decided, self._closing = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
         self._waiting: set[asyncio.Task[None] | None] = set()
-        server = await asyncio.start_server(self._answer, sock=self._listener, limit=LONGEST)
+        servers = [await asyncio.start_server(self._answer, sock=one, limit=LONGEST) for one in self._listeners]
         self._look()
         while self._verdict is None:
             left = self._begun + self._timeout - time.monotonic()
@@ -79,12 +90,14 @@ class RollCall:
             if self._verdict is None and left <= NOTICE:
                 self._decide(Verdict(refused=f"{self._missing()} within {self._timeout:g} s (world.timeout)"))
             elif self._verdict is None:
-                self._say(f"{self._missing()} after {time.monotonic() - self._begun:.0f} s, of {self._timeout:g}")
+                with suppress(OSError):  # whoever read this may be gone
+                    self._say(f"{self._missing()} after {time.monotonic() - self._begun:.0f} s, of {self._timeout:g}")
         if others := [task for task in self._waiting if task is not None]:
             await asyncio.wait(others, timeout=2.0)  # a rank that refuses ends: the others are to hear why before
         self._told.set()
         await self._closing.wait()
-        server.close()
+        for server in servers:
+            server.close()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -118,11 +131,13 @@ class RollCall:
     def _refusal(self, caller: Caller) -> Verdict | None:
         """Return why a caller is none of this run's; what it shows of the run itself decides that."""
         own = self._own
-        if caller.job != own.job or caller.rank < 0:
+        if caller.job != own.job or caller.rank <= 0:
             return Verdict(refused=f"belongs to {_job(own)}", elsewhere=True, alone=True)
         wrong = ""
         if caller.size != own.size:
             wrong = f"{caller.name} was started as one of {caller.size} ranks, and {own.name} as one of {own.size}"
+        elif caller.rank >= own.size:
+            wrong = f"{caller.name} is none of the ranks 0 to {own.size - 1} of {own.name}"
         elif caller.rank in self._here:
             wrong = f"rank {caller.rank} is there twice: {self._here[caller.rank].name}, and {caller.name}"
         if not wrong:

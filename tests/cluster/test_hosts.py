@@ -200,6 +200,61 @@ def test_what_dies_is_named_and_nobody_is_left(
 
 
 @pytest.mark.parametrize("hosts", [2], indirect=True, ids=["2 hosts"])
+def test_the_host_of_the_store_dies(hosts: Hosts, tmp_path: Path) -> None:
+    cluster = Cluster(
+        hosts, tmp_path, *ENDLESS, "--strategy.name", "ring", "--log.name", "run", "--world.timeout", "30"
+    )
+    try:
+        cluster.training()
+        for pid in cluster.pids(0, "distloop"):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        cluster.until(lambda: cluster.agents[1].poll() is not None, 40)
+        assert cluster.agents[1].returncode == 10, cluster.said()
+        told = (tmp_path / "host1.txt").read_text()
+        assert re.search(r"the launcher on h0, .*has ended|rank 0 has not been heard from .* on h0", told), told
+        cluster.until(lambda: not any(cluster.pids(host, "distloop") for host in range(2)), 10)
+    finally:
+        cluster.end()
+
+
+@pytest.mark.parametrize("hosts", [3], indirect=True, ids=["3 hosts"])
+def test_ranks_by_hand_and_the_first_dies(hosts: Hosts, tmp_path: Path) -> None:
+    """Without an agent rank 0 keeps the store: with it the others lose all they could ask."""
+    ranks = []
+    for number in range(3):
+        own = {"RANK": str(number), "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | own
+        environment |= {"MASTER_ADDR": "h0", "MASTER_PORT": "29511"}
+        command = [sys.executable, "-m", "distloop", "train", *ENDLESS, "--strategy.name", "ring", "--log.name", "run"]
+        with (tmp_path / f"host{number}.txt").open("w") as output:
+            ranks.append(
+                subprocess.Popen(
+                    hosts.command(number, command), cwd=tmp_path, env=environment, stdout=output, stderr=output
+                )
+            )
+
+    def until(condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 90
+        while not condition():
+            texts = [path.read_text() for path in sorted(tmp_path.glob("host*.txt"))]
+            assert time.monotonic() < deadline, "\n".join(texts)
+            time.sleep(0.05)
+
+    try:
+        until(lambda: re.search(r"step +\d", (tmp_path / "host0.txt").read_text()))
+        ranks[0].kill()
+        until(lambda: all(rank.poll() is not None for rank in ranks))
+        assert [rank.returncode for rank in ranks] == [-signal.SIGKILL, 10, 10]
+        told = [(tmp_path / f"host{number}.txt").read_text() for number in (1, 2)]
+        assert any(re.search(r"rank 0, which keeps the store, has ended or cannot be reached.* on h0", t) for t in told)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
+@pytest.mark.parametrize("hosts", [2], indirect=True, ids=["2 hosts"])
 def test_a_short_outage_is_survived(hosts: Hosts, tmp_path: Path) -> None:
     words = ("digits", "--train.max_seconds", "15", "--train.epochs", "100000", *QUIET, "--world.heartbeat", "8")
     cluster = Cluster(hosts, tmp_path, *words, "--log.name", "run", "--strategy.name", "ring")
