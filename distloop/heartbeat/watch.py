@@ -72,10 +72,15 @@ class Watch:
         return None
 
     def without_store(self) -> str | None:
-        """Return in words that rank 0's process cannot be reached any more, if it keeps the store and cannot."""
-        if self._pulse.lost is None or self._in_launcher:
+        """Return in words that who keeps the store cannot be reached any more, if so."""
+        if self._pulse.lost is None:
             return None
-        return f"rank 0, which keeps the store, has ended or cannot be reached{self._at(0)}"
+        return f"{self._keeper()} has ended or cannot be reached{'' if self._in_launcher else self._at(0)}"
+
+    def _keeper(self) -> str:
+        if self._in_launcher:
+            return f"the launcher on {os.environ.get('MASTER_ADDR')}, which keeps the store of these ranks,"
+        return "rank 0, which keeps their store,"
 
     def cut_off(self, verdict: Verdict) -> Verdict:
         """Return the verdict as of the rank that speaks on this host, where ranks cannot ask each other who does."""
@@ -129,8 +134,7 @@ class Watch:
             self._without_store(pulse.lost)
 
     def _without_store(self, reason: str | None) -> None:
-        who = f"the launcher on {os.environ.get('MASTER_ADDR')}, which keeps the store of these ranks,"
-        who = who if self._in_launcher else "rank 0"
+        who = self._keeper()
         if reason is not None:
             self._fail(RankDiedError.exit_code, f"{who} has ended, or cannot be reached ({reason})")
         if self._in_launcher and self._launcher is not None and self._stands_still(self._launcher.pid):

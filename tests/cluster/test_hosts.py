@@ -247,7 +247,9 @@ def test_ranks_by_hand_and_the_first_dies(hosts: Hosts, tmp_path: Path) -> None:
         until(lambda: all(rank.poll() is not None for rank in ranks))
         assert [rank.returncode for rank in ranks] == [-signal.SIGKILL, 10, 10]
         told = [(tmp_path / f"host{number}.txt").read_text() for number in (1, 2)]
-        assert any(re.search(r"rank 0, which keeps the store, has ended or cannot be reached.* on h0", t) for t in told)
+        assert any(
+            re.search(r"rank 0, which keeps their store, has ended or cannot be reached.* on h0", t) for t in told
+        )
     finally:
         for rank in ranks:
             rank.kill()
