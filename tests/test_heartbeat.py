@@ -144,7 +144,7 @@ def test_a_frozen_rank_that_keeps_the_store_is_named_too(tmp_path: Path) -> None
     ends = train(tmp_path, "stop", stays=0, **port | {"FAULT_RANK": "0"})
     took = late(tmp_path, ends, faulty=0)
     assert [end.code for end in ends[1:]] == [11, 11], said(ends)
-    assert "rank 0 has not" in said(ends) and "is stopped (SIGSTOP)" in said(ends)
+    assert "rank 0, which keeps their store, has not answered" in said(ends) and "is stopped (SIGSTOP)" in said(ends)
     assert FROZEN - 0.5 < took < FROZEN + 3.0
     print(f"store: {took:.2f} s")
 
