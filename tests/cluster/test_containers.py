@@ -6,6 +6,7 @@ skipped. TEST_IMAGE_BUILD has further arguments of the build, such as a pip conf
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -15,10 +16,11 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
-from tests.ranks import ROOT
+from tests.ranks import ROOT, run_command
 from tests.test_docker import agent
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
@@ -152,3 +154,31 @@ def test_two_containers_are_two_hosts(engine: Engine, volume: str) -> None:
         codes = engine.stop(*names) if run == "a" else [int(engine("wait", name)) for name in names]
         assert codes == ([STOPPED] * 2 if run == "a" else [0, 0])
     assert "resumed       from step" in engine("logs", names[0])
+
+
+def test_two_containers_end_in_the_bits_of_one_process(engine: Engine, volume: str, tmp_path: Path) -> None:
+    settings = ("--train.epochs", "2", "--train.deterministic", "true", "--world.device", "cpu")
+    words = (
+        "train",
+        str(ROOT / "configs" / "digits.yaml"),
+        "--log.name",
+        "digits",
+        "--log.picture",
+        "false",
+        *settings,
+    )
+    assert run_command(*words, folder=tmp_path)[0].code == 0
+    expected = hashlib.sha256((tmp_path / "runs" / "digits" / "model.safetensors").read_bytes()).hexdigest()
+    network = f"{volume}-net"
+    engine("network", "create", "--internal", "--subnet", "10.213.78.0/24", network)
+    engine.left.append(("network", "rm", network))
+    names = [f"{volume}-s{rank}" for rank in range(2)]
+    for rank, name in enumerate(names):
+        variables = (f"PET_NODE_RANK={rank}", "PET_NNODES=2", "PET_MASTER_ADDR=10.213.78.10", "PET_MASTER_PORT=29500")
+        options = [word for variable in variables for word in ("--env", variable)]
+        options += ["--network", network, "--ip", f"10.213.78.1{rank}", "--volume", f"{volume}:/work"]
+        engine.start(name, *options, command=(*DIGITS, *settings))
+    assert [int(engine("wait", name)) for name in names] == [0, 0], engine("logs", names[0])
+    digest = ("/usr/bin/sha256sum", "/work/runs/digits/model.safetensors")
+    said = engine("run", "--rm", *SAFE, "--network", "none", "--volume", f"{volume}:/work", IMAGE, *digest)
+    assert said.split()[0] == expected
