@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from distloop.agent_codes import telling
 from distloop.agent_store import StoreWatch
 from distloop.ending import leave
 
@@ -20,7 +21,7 @@ ENDING = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signal.S
 ASKING = {signal.SIGUSR1: signal.SIGUSR1, signal.SIGUSR2: signal.SIGUSR2}
 PERIOD = 0.1  # seconds between two looks for ranks that have not been told
 ONE = 0.5  # seconds in which signals that end count as one: a scheduler may send it in two ways
-PATIENCE = 2.0  # seconds for which an agent without ranks may end by itself
+PATIENCE = 2.0  # seconds for which an agent whose ranks have ended may end by itself
 
 
 class Passing:
@@ -82,7 +83,8 @@ class Passing:
             self._wishes.append(passed)
 
     def _pass(self) -> None:
-        alive = [process.pid for process in self.processes if process.returncode is None]
+        codes = {process.pid: process.poll() for process in self.processes}  # the main thread may not get to ask
+        alive = [pid for pid, code in codes.items() if code is None]
         for pid in alive:
             for number in self._wishes:
                 # A rank that still starts does not know SIGUSR1, and would be killed by it.
@@ -93,7 +95,7 @@ class Passing:
         if alive:
             self._seen = time.monotonic()
         elif self.code and time.monotonic() - self._seen > (PATIENCE if self.processes else 0):
-            leave(self.code)
+            leave(telling(code or 0 for code in codes.values()) if codes else self.code)
 
     def _kill(self, processes: Iterable[subprocess.Popen[bytes]]) -> None:
         for process in processes:

@@ -16,14 +16,13 @@ from distloop.env_cli import env
 from distloop.errors import ConfigError, found_by_all
 from distloop.launch_cli import launch
 from distloop.signals import Caught
-from distloop.targets import resolve, resumed
+from distloop.targets import SETTINGS_FOLLOW, TRAIN, Given, resolve
 
 if TYPE_CHECKING:
     from distloop.records import Result
     from distloop.settings import Resolved
     from distloop.world import World
 
-SETTINGS_FOLLOW = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["-h", "--help"]}
 SETTINGS_HELP = """
 Any value of the configuration can be set behind TARGET by its dotted key, as in --optimizer.lr 0.1, or by an
 environment variable, as in DISTLOOP_OPTIMIZER__LR=0.1; the command line wins over the environment, the environment
@@ -45,21 +44,9 @@ def cli() -> None:
     """One readable training loop, and any way of collecting gradients behind it."""
 
 
-@cli.command(cls=_Command, context_settings=SETTINGS_FOLLOW, short_help="Train a configuration or a task.")
-@click.argument("target", required=False)
-@click.option(
-    "--resume",
-    metavar="auto|PATH",
-    help="Go on: auto in the run directory log.name, if it is there; PATH is a run, or one of its checkpoints.",
+@cli.command(
+    cls=_Command, params=list(TRAIN), context_settings=SETTINGS_FOLLOW, short_help="Train a configuration or a task."
 )
-@click.option(
-    "--simulate",
-    "ranks",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Run N ranks as threads of this process, one at a time: for a debugger, or to see what N ranks do.",
-)
-@click.option("--traceback", is_flag=True, help="Show where in the code an error comes from.")
 @click.pass_context
 def train(context: click.Context, target: str | None, resume: str | None, ranks: int | None, traceback: bool) -> None:
     """Train what TARGET says.
@@ -82,7 +69,7 @@ def train(context: click.Context, target: str | None, resume: str | None, ranks:
         world = World.from_environment()
         with found_by_all():
             _check_simulation(ranks, world)
-            resolved = resolve(*resumed(target, resume, context.args))
+            resolved = Given(target, resume, ranks, traceback, tuple(context.args)).resolved()
         from distloop.api import run
 
         return (run(resolved, world) if ranks is None else _simulate(resolved, ranks)).exit_code

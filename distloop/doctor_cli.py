@@ -84,7 +84,7 @@ def _examine(given: list[str], only: tuple[str, ...], *, as_json: bool) -> int:
 def _in_words(world: World) -> str:
     from distloop.report import launch
 
-    return launch.found() if world.launcher == "none" else f"{launch.found()} ({launch.why()})"
+    return launch.found() if world.launcher == "none" else f"{launch.found()} ({world.because})"
 
 
 def _leave_in_the_end() -> None:

@@ -9,23 +9,27 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from distloop.ending import leave
 from distloop.errors import ConfigError, WorldError
 from distloop.launching import commands
-from distloop.launching.commands import Wanted
-from distloop.targets import resolve
+from distloop.launching.commands import Box, Wanted
+from distloop.launching.waiting import wait_for
+from distloop.report import machine, mpi
+from distloop.targets import SETTINGS_FOLLOW, given
 
-SETTINGS_FOLLOW = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["-h", "--help"]}
+if TYPE_CHECKING:
+    from distloop.settings import Resolved
+
 PROGRAMS = {"mpirun": "install an MPI", "docker": "install Docker", "slurm": "start it where Slurm's commands are"}
 VIA = ("local", "torchrun", "mpirun", "slurm", "docker")
 
 
 @click.command(context_settings=SETTINGS_FOLLOW, short_help="Start a run by a launcher, or show how.")
-@click.argument("target")
+@click.argument("target", required=False)
 @click.option("--via", type=click.Choice(VIA), required=True, help="What starts the ranks.")
 @click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, help="How many hosts.")
 @click.option("--ranks-per-node", "ranks", type=click.IntRange(1), default=1, show_default=True, help="On each host.")
@@ -33,12 +37,13 @@ VIA = ("local", "torchrun", "mpirun", "slurm", "docker")
 @click.option("--node-rank", "node", type=click.IntRange(0), help="torchrun on several hosts: which this one is.")
 @click.option("--time", default="01:00:00", show_default=True, help="slurm: the limit, as sbatch reads it.")
 @click.option("--agents", is_flag=True, help="slurm: one torchrun per node, instead of a task for each rank.")
+@click.option("--image", help="docker: the image  [default: distloop:cuda where there are GPUs, else distloop:cpu]")
 @click.option("--print", "only_print", is_flag=True, help="Show the command or file, and start nothing.")
 @click.option("--traceback", is_flag=True, help="Show where in the code an error comes from.")
 @click.pass_context
 def launch(
     context: click.Context,
-    target: str,
+    target: str | None,
     via: str,
     nodes: int,
     ranks: int,
@@ -46,38 +51,48 @@ def launch(
     node: int | None,
     time: str,
     agents: bool,
+    image: str | None,
     only_print: bool,
     traceback: bool,
 ) -> None:
     """Start TARGET, a configuration or a task, by a launcher.
 
-    The configuration is checked before anything starts. With --print, what would be started is shown instead:
+    Behind it stands what train takes: settings, --resume. The configuration is checked before anything starts. With
+    --print, what would be started is shown instead:
 
         distloop launch --via torchrun --ranks-per-node 4 --print configs/digits.yaml --optimizer.lr 0.1
     """
     from distloop.failure import guarded
 
     def work() -> int:
-        wanted = Wanted((target, *context.args), sys.executable, nodes, ranks, master)
-        _check(wanted, via, node, only_print=only_print)
+        words = (*([] if target is None else [target]), *context.args, *(["--traceback"] if traceback else []))
+        wanted = Wanted(words, sys.executable, nodes, ranks, master)
+        resolved = _checked(wanted, via, node, only_print=only_print)
         if via == "slurm":
             folder = str(Path(sys.executable).parent)
             script = commands.slurm(wanted, agents=agents, time=time, folder=folder)
             return _print(script.rstrip("\n")) if only_print else _submit(script)
         if via == "torchrun" and node is None and nodes > 1:
             return _print("\n".join(commands.shown(commands.torchrun(wanted, host)) for host in range(nodes)))
-        command = _command(wanted, via, node or 0, make_runs=not only_print)
+        if via == "docker":
+            command = commands.docker(wanted, _box(wanted, resolved, image, make_runs=not only_print))
+        else:
+            command = _command(wanted, via, node or 0, only_print=only_print)
         return _print(commands.shown(command)) if only_print else _run(command, via)
 
     guarded(work, traceback=traceback)
 
 
-def _check(wanted: Wanted, via: str, node: int | None, *, only_print: bool) -> None:
-    """Refuse what train would refuse, and what the launcher cannot do."""
+def _checked(wanted: Wanted, via: str, node: int | None, *, only_print: bool) -> Resolved:
+    """Return the configuration; refuse what train would refuse, and what the launcher cannot do."""
     from distloop.build import check
 
-    check(resolve(wanted.arguments[0], list(wanted.arguments[1:])))
+    words = given(wanted.arguments)
+    resolved = words.resolved()
+    check(resolved)
     several = wanted.nodes > 1
+    if words.ranks is not None and wanted.nodes * wanted.ranks > 1:
+        raise ConfigError(f"command line --simulate: {words.ranks} ranks are made in one process: leave out the others")
     if via == "local" and (several or wanted.ranks > 1):
         raise ConfigError("command line --via local: is one process: leave out --nodes and --ranks-per-node")
     if via == "docker" and several:
@@ -89,35 +104,43 @@ def _check(wanted: Wanted, via: str, node: int | None, *, only_print: bool) -> N
             raise ConfigError("command line --node-rank: is missing: start this on each host, with 0, 1, ...")
         if node is not None and node >= wanted.nodes:
             raise ConfigError(f"command line --node-rank: {node} is outside 0 to {wanted.nodes - 1}")
+    return resolved
 
 
-def _command(wanted: Wanted, via: str, node: int, *, make_runs: bool) -> list[str]:
+def _command(wanted: Wanted, via: str, node: int, *, only_print: bool) -> list[str]:
     if via == "local":
         return commands.local(wanted)
     if via == "torchrun":
         return commands.torchrun(wanted, node)
-    if via == "mpirun":
-        return commands.mpirun(wanted, mpich=_mpich())
-    config = resolve(wanted.arguments[0], list(wanted.arguments[1:])).config
-    path, runs, uid = Path(wanted.arguments[0]), Path(config.log.directory).absolute(), os.getuid()
+    path, vendor, line = mpi.mpirun()
+    program = "mpirun" if path is None else Path(path).name
+    if path is not None and vendor is None and not only_print:
+        raise WorldError(f"--via mpirun: {path} is neither Open MPI's nor MPICH's: {line}")
+    return commands.mpirun(wanted, program, mpich=vendor in mpi.FAMILY)  # without one, it is to be Open MPI's
+
+
+def _box(wanted: Wanted, resolved: Resolved, image: str | None, *, make_runs: bool) -> Box:
+    words, config = given(wanted.arguments), resolved.config
+    target, runs = Path(words.target or ""), Path(config.log.directory).resolve()
+    if words.target is None:
+        raise ConfigError("command line: TARGET is missing: a container needs it also with --resume PATH")
     if make_runs:
         runs.mkdir(parents=True, exist_ok=True)  # docker would make it root's
-    return commands.docker(
-        wanted,
-        gpus=config.world.device != "cpu",
-        config=path.absolute() if path.is_file() else None,
-        runs=runs,
-        user=f"{uid}:{os.getgid()}" if uid else None,
+    device = config.world.device
+    return Box(
+        Path.cwd().resolve(),
+        runs,
+        f"{os.getuid()}:{os.getgid()}",
+        target.resolve() if target.is_file() else None,
+        None if words.resume in (None, "auto") else Path(words.resume or "").resolve(),
+        device == "cuda" or (device == "auto" and _has_gpus()),
+        tuple(sorted(name for name in os.environ if name.startswith("DISTLOOP_"))),
+        image,
     )
 
 
-def _mpich() -> bool:
-    """Return whether mpirun is MPICH's or of its family; without one, it is to be Open MPI's."""
-    try:
-        said = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, check=False, timeout=20).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return "HYDRA" in said or "Intel" in said
+def _has_gpus() -> bool:
+    return Path("/dev/nvidia0").exists() or machine.gpus()[0][:1].isdigit()
 
 
 def _print(text: str) -> int:
@@ -136,11 +159,7 @@ def _run(command: list[str], via: str) -> int:
     sys.stdout.flush()
     if via != "mpirun":
         _become(command)
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True) as job:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, lambda number, frame: job.send_signal(signal.SIGUSR1))
-        code = job.wait()
-    leave(code if code >= 0 else 128 - code)
+    leave(wait_for(command))
 
 
 def _become(command: list[str]) -> NoReturn:

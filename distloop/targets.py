@@ -4,14 +4,61 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import click
 
 from distloop.errors import ConfigError, nearest
 from distloop.values import brief, shown
 
 if TYPE_CHECKING:
     from distloop.settings import Resolved
+
+SETTINGS_FOLLOW = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": ["-h", "--help"]}
+TRAIN: tuple[click.Parameter, ...] = (  # what train has of its own; all else are settings
+    click.Argument(["target"], required=False),
+    click.Option(
+        ["--resume"],
+        metavar="auto|PATH",
+        help="Go on: auto in the run directory log.name, if it is there; PATH is a run, or one of its checkpoints.",
+    ),
+    click.Option(
+        ["--simulate", "ranks"],
+        type=click.IntRange(1),
+        metavar="N",
+        help="Run N ranks as threads of this process, one at a time: for a debugger, or to see what N ranks do.",
+    ),
+    click.Option(["--traceback"], is_flag=True, help="Show where in the code an error comes from."),
+)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What stands behind ``distloop train``: its own words, and the settings."""
+
+    target: str | None
+    resume: str | None
+    ranks: int | None
+    traceback: bool
+    settings: tuple[str, ...]
+
+    def resolved(self) -> Resolved:
+        """Return the configuration that this comes to."""
+        return resolve(*resumed(self.target, self.resume, list(self.settings)))
+
+
+def given(words: Sequence[str]) -> Given:
+    """Return what words are to train, for those who start it."""
+    context_settings = SETTINGS_FOLLOW | {"help_option_names": []}
+    command = click.Command("train", params=list(TRAIN), context_settings=context_settings)
+    try:
+        context = command.make_context("train", list(words))
+    except click.UsageError as failure:
+        raise ConfigError(f"command line: {failure.format_message()}") from failure
+    return Given(**context.params, settings=tuple(context.args))
 
 
 def resumed(target: str | None, resume: str | None, arguments: list[str]) -> tuple[str, list[str]]:

@@ -103,8 +103,11 @@ class World:
                 f"{among}={local_size} (set by {launcher.name}) cannot be: a host has at least 1 rank, and at most all "
                 f"of the world, {launcher.size}={size}"
             )
+        if local_size is None and local_rank is not None:
+            _refuse_outside(launcher, (local, local_rank), (launcher.size, size), "host")
         if local_rank is None or local_size is None:
-            return cls(rank, size, rank, size, launcher.name, False)  # one host, for all that is said
+            # One host, for all that is said; a number there that is given is kept: it chooses the GPU.
+            return cls(rank, size, rank if local_rank is None else local_rank, size, launcher.name, False)
         _refuse_outside(launcher, (local, local_rank), (among, local_size), "host")
         return cls(rank, size, local_rank, local_size, launcher.name, True)
 

@@ -13,15 +13,16 @@ if ! said=$("$mpirun" --version 2>&1); then
     exit 3
 fi
 
+# As distloop/report/mpi.py has it, in that order.
 case $said in
-    *"Open MPI"* | *"OpenRTE"* | *"PRRTE"*)
+    *"Intel(R) MPI"* | *MVAPICH* | *HYDRA* | *MPICH*)
+        options=() # it passes signals on, and waits
+        hosts=(-hosts "${HOSTS:-}")
+        ;;
+    *"Open MPI"* | *OpenRTE* | *PRRTE*)
         # It kills the others one second after the first has ended otherwise; version 5 does so whatever is said.
         options=(--mca odls_base_sigkill_timeout "${GRACE:-5}" --map-by :OVERSUBSCRIBE)
         hosts=(--host "${HOSTS:-}")
-        ;;
-    *HYDRA* | *Intel*)
-        options=() # it passes signals on, and waits
-        hosts=(-hosts "${HOSTS:-}")
         ;;
     *)
         echo "launch/mpirun.sh: $mpirun is neither Open MPI's nor MPICH's: ${said%%$'\n'*}" >&2
@@ -32,7 +33,17 @@ if [ -n "${HOSTS:-}" ]; then options+=("${hosts[@]}"); fi
 
 # SIGTERM would have Open MPI kill ranks before they have saved. SIGUSR1 asks for the same, and is passed on at once.
 set -m # a group of its own, so that Ctrl-C comes here alone
-trap 'kill -USR1 "$job"' TERM INT HUP
+asked=
+stop() { # the second one, later than a scheduler that signals in two ways, ends the job
+    if [ -z "$asked" ]; then
+        asked=$SECONDS
+        kill -USR1 "$job"
+    elif [ $((SECONDS - asked)) -gt 1 ]; then
+        kill -TERM "$job"
+    fi
+}
+trap stop TERM INT HUP
+trap 'kill -USR1 "$job"' USR1 USR2
 set +e
 "$mpirun" -n "$ranks" ${options[@]+"${options[@]}"} "${PYTHON:-python}" -m distloop train "$@" < /dev/null &
 job=$!

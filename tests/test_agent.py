@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from distloop.agent import telling
+from distloop.agent_codes import telling
 from distloop.agent_signals import catches
 from tests.ranks import ROOT, Ended, Job
 
@@ -169,6 +169,29 @@ def test_an_agent_that_waits_for_others_ends_at_once(tmp_path: Path) -> None:
     job.send(0, signal.SIGTERM)
     assert end(job, 5).code == 143
     assert pids(tmp_path) == []
+
+
+BUSY = """
+import os, signal, subprocess, sys, time
+from distloop.agent_signals import Passing
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which ranks inherit
+ranks = [subprocess.Popen(["sh", "-c", f"sleep 0.2; exit {code}"]) for code in sys.argv[1:]]
+passing = Passing()
+passing.processes = ranks
+if "asks" in os.environ:
+    [process.wait() for process in ranks]
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(20)  # as in C++, for hosts that do not come
+"""
+
+
+@pytest.mark.parametrize("asks", [True, False])
+@pytest.mark.parametrize(("codes", "expected"), [(["75", "0"], 75), (["0", "0"], 0), (["13", "10"], 13), ([], 143)])
+def test_an_agent_that_is_held_up_ends_with_the_code_of_its_ranks(codes: list[str], expected: int, asks: bool) -> None:
+    command = [sys.executable, "-c", BUSY, *codes]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | ({"asks": "1"} if asks else {})
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=18, check=False, env=environment)
+    assert (ended.returncode, ended.stderr) == (expected, "")
 
 
 @pytest.mark.slow

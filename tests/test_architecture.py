@@ -46,7 +46,7 @@ FLOORS = [
     ["values", "yaml_file", "layers", "resolved", "config", "settings"],
     ["build"],
     ["api", "failure", "last_words", "plot", "checkpoint_cli", "targets", "report", "env_cli", "doctor", "doctor_cli"],
-    ["launching", "launch_cli", "agent", "agent_signals", "agent_store"],
+    ["launching", "launch_cli", "agent", "agent_codes", "agent_signals", "agent_store"],
     ["cli", "__main__", "__init__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
+from distloop import launch_cli
 from distloop.launching import commands, requeue
-from distloop.launching.commands import Wanted
+from distloop.launching.commands import Box, Wanted
+from distloop.targets import given
 from tests.ranks import MPICH, OPEN_MPI, ROOT, Mpi, run_command
 
 ODD = "run dir/ü $(id)"
@@ -56,17 +58,26 @@ TRAIN = ["-m", "distloop", "train", *SETTINGS]
         (
             commands.docker(
                 Wanted(("c/ü, d.yaml", "--log.directory=x", "--log.directory", "y", "--log.name", ODD), ranks=2),
-                gpus=True,
-                config=Path("/c/ü, d.yaml"),
-                runs=Path("/r s"),
-                user="1:2",
+                Box(Path("/w d"), Path("/r s"), "1:2", Path("/c/ü, d.yaml"), gpus=True, variables=("DISTLOOP_A__B",)),
             ),
             [
-                *shlex.split("docker run --rm --init --ipc=host --gpus all --ulimit memlock=-1 --user 1:2"),
-                *("--mount", "type=bind,src=/r s,dst=/runs"),
+                *shlex.split("docker run --rm --gpus all --shm-size 16g --ulimit memlock=-1 --read-only --tmpfs /tmp"),
+                *("--user", "1:2", "--mount", "type=bind,src=/w d,dst=/work"),
                 *("--mount", 'type=bind,"src=/c/ü, d.yaml","dst=/config/ü, d.yaml",readonly'),
-                *shlex.split("distloop launch --via torchrun --ranks-per-node 2"),
+                *("--mount", "type=bind,src=/r s,dst=/runs"),
+                *shlex.split("--env PET_NPROC_PER_NODE=2 --env DISTLOOP_A__B distloop:cuda train"),
                 *("/config/ü, d.yaml", "--log.name", ODD, "--log.directory", "/runs"),
+            ],
+        ),
+        (
+            commands.docker(
+                Wanted(("c/d.yaml", "--resume", "../r/n", "--traceback"), ranks=1),
+                Box(Path("/w"), Path("/w/r"), "0:0", Path("/w/c/d.yaml"), Path("/w/r/n"), image="mine:1"),
+            ),
+            [
+                *shlex.split("docker run --rm --shm-size 1g --read-only --tmpfs /tmp --user 0:0"),
+                *shlex.split("--mount type=bind,src=/w,dst=/work --env PET_NPROC_PER_NODE=1 mine:1 train"),
+                *shlex.split("/work/c/d.yaml --log.directory /work/r --resume /work/r/n --traceback"),
             ],
         ),
     ],
@@ -107,6 +118,14 @@ def said(folder: Path, *arguments: str, **variables: str) -> tuple[int, str, str
         (("--via", "torchrun", "--nodes", "2", "digits"), 2, "--master: ADDRESS:PORT"),
         (("--via", "torchrun", "--nodes", "2", "--master", "a:1", "digits"), 2, "--node-rank: is missing"),
         (("--via", "docker", "--nodes", "2", "digits"), 2, "--via docker: is one host"),
+        (("--via", "docker", "--resume", "r"), 2, "command line --resume: r: is no run directory"),
+        (("--via", "docker", "digits", "--resume", "/nowhere"), 2, "--resume: /nowhere: the container sees"),
+        (("--via", "slurm", "digits", "--simulate", "x"), 2, "Invalid value for '--simulate': 'x'"),
+        (
+            ("--via", "torchrun", "--ranks-per-node", "2", "digits", "--simulate", "2"),
+            2,
+            "command line --simulate: 2 r",
+        ),
         (("--via", "docker", "digits"), 3, "--via docker: docker is not to be found on this machine"),
         (("--via", "slurm", "digits"), 3, "--via slurm: sbatch is not to be found on this machine"),
         (("--via", "mpirun", "digits"), 3, "--via mpirun: mpirun is not to be found on this machine"),
@@ -127,6 +146,129 @@ def test_each_host_has_its_line(tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     wanted = Wanted(SETTINGS, sys.executable, 2, 3, "h:1")
     assert [shlex.split(line) for line in out.splitlines()] == [commands.torchrun(wanted, node) for node in (0, 1)]
+
+
+@pytest.mark.parametrize("own", [("--resume", "auto"), ("--resume=auto", "--traceback"), ("--simulate", "3")])
+def test_train_gets_its_own_words(tmp_path: Path, own: tuple[str, ...]) -> None:
+    code, out, err = said(tmp_path, "--via", "local", "--print", *SETTINGS, *own)
+    assert (code, err) == (0, "")
+    assert sorted(shlex.split(out)) == sorted([sys.executable, *TRAIN, *own])
+
+
+@pytest.mark.parametrize(("device", "gpus"), [("cpu", False), ("cuda", True), ("auto", True), ("auto", False)])
+def test_the_image_is_that_for_the_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, gpus: bool
+) -> None:
+    driver = 'echo "0, NVIDIA H100, 81559 MiB, 550.1, 9.0"' if device != "auto" or gpus else "exit 9"
+    fake(tmp_path, "nvidia-smi", driver)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("DISTLOOP_TRAIN__SEED", "5")
+    resolved = given(words := (*SETTINGS, "--world.device", device)).resolved()
+    box = launch_cli._box(Wanted(words), resolved, None, make_runs=False)
+    assert box == Box(tmp_path, tmp_path / "runs", f"{os.getuid()}:{os.getgid()}", None, None, box.gpus, box.variables)
+    assert box.gpus == gpus or (device == "auto" and Path("/dev/nvidia0").exists())
+    assert "DISTLOOP_TRAIN__SEED" in box.variables
+    command = commands.docker(Wanted(words), box)
+    assert command[command.index("train") - 1] == ("distloop:cuda" if box.gpus else "distloop:cpu")
+    assert ("--gpus" in command) == box.gpus
+
+
+# -- whose mpirun, and a job of it ------------------------------------------------------------------------------------
+
+BUGS = "Report bugs to http"
+OPEN_MPI_4 = f"mpirun (Open MPI) 4.1.6\n\n{BUGS}://www.open-mpi.org/community/help/"
+OPEN_MPI_5 = f"mpirun (Open MPI) 5.0.11\n\n{BUGS}s://www.open-mpi.org/community/help/"
+HYDRA = """HYDRA build details:
+    Version:                                 4.2.3
+    Release Date:                            Wed Oct  2 09:11:32 AM CDT 2024
+    CC:                              icx
+    Configure options:                       '--prefix=/opt/Open MPI/../mpich' '--with-prrte=no' 'CC=icx' # Intel
+    Process Manager:                         pmi
+    Launchers available:                     ssh rsh fork slurm ll lsf sge manual persist"""
+INTEL = """Intel(R) MPI Library for Linux* OS, Version 2021.11 Build 20231005 (id: 74c4a23)
+Copyright 2003-2023, Intel Corporation."""
+
+
+@pytest.mark.parametrize(
+    ("says", "family"),
+    [
+        (OPEN_MPI_4, "Open MPI"),
+        (OPEN_MPI_5, "Open MPI"),
+        (OPEN_MPI_4.replace("4.1.6", "4.1.6 built by Intel oneAPI"), "Open MPI"),
+        ("mpirun (PRRTE) 3.0.6", "Open MPI"),
+        (HYDRA, "MPICH"),
+        (INTEL, "MPICH"),
+        ("something else", None),
+    ],
+)
+def test_all_agree_whose_mpirun_it_is(tmp_path: Path, says: str, family: str | None) -> None:
+    fake(tmp_path, "mpirun", f'[ "$1" = --version ] && echo {shlex.quote(says)} || printf \'%s\\0\' "$@"')
+    with script("mpirun.sh", tmp_path, "digits", MPIRUN=str(tmp_path / "mpirun")) as process:
+        out, err = process.communicate(timeout=20)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    code, launched, error = said(tmp_path, "--via", "mpirun", "digits", PATH=path)
+    if family is None:
+        assert (process.returncode, code, out, launched) == (3, 3, "", "")
+        assert "neither Open MPI's nor MPICH's: something else" in err
+        assert "neither Open MPI's nor MPICH's: something else" in error
+        return
+    assert (process.returncode, err, code, error) == (0, "", 0, "")
+    for words in (out, launched):
+        assert ("odls_base_sigkill_timeout" in words.split("\0")) == (family == "Open MPI")
+
+
+JOB = f"""
+[ "$1" = --version ] && {{ echo {shlex.quote(OPEN_MPI_5)}; exit; }}
+trap 'echo asked >> "$FAKE/asked"; sleep 1; [ "$ENDS" = no ] || exit 75' USR1
+trap 'exit 41' TERM
+touch "$FAKE/ready"
+while true; do sleep 0.05; done
+"""
+
+
+def start_job(folder: Path, by: str, ends: str) -> subprocess.Popen[str]:
+    fake(folder, "mpirun", JOB)
+    variables = {"FAKE": str(folder), "ENDS": ends, "MPIRUN": str(folder / "mpirun")}
+    if by == "script":
+        process = script("mpirun.sh", folder, "digits", **variables)
+    else:
+        path = f"{folder}:{os.environ['PATH']}"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "distloop", "launch", "--via", "mpirun", "digits"],
+            cwd=folder,
+            env=environment(**variables) | {"PATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    deadline = time.monotonic() + 60
+    while not (folder / "ready").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    time.sleep(0.1)
+    return process
+
+
+@pytest.mark.parametrize("by", ["script", "launch"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_ranks_of_mpirun_may_save(tmp_path: Path, by: str, number: signal.Signals) -> None:
+    with start_job(tmp_path, by, "yes") as process:
+        process.send_signal(number)
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (75, "", "")
+    assert (tmp_path / "asked").read_text() == "asked\n"
+
+
+@pytest.mark.parametrize("by", ["script", "launch"])
+def test_the_second_order_ends_mpirun(tmp_path: Path, by: str) -> None:
+    with start_job(tmp_path, by, "no") as process:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(2.2)  # the script counts whole seconds
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (41, "", "")
 
 
 # -- the scripts of launch/, for real ----------------------------------------------------------------------------------
@@ -309,6 +451,33 @@ def test_a_job_that_gets_no_further_is_not_started_for_ever(
     under_fake_slurm(tmp_path, "train.sbatch", "digits", code=75, **variables)
     assert requeued(tmp_path) == again
     assert ("stopped at step 5 twice without getting further" in (tmp_path / "err").read_text()) != again
+
+
+def test_a_job_that_goes_on_from_a_checkpoint_is_requeued(tmp_path: Path) -> None:
+    attempts(tmp_path, None, 5, newest=9)
+    (tmp_path / "runs" / "ü job-12").rename(tmp_path / "old run")
+    (tmp_path / "old run" / "config.yaml").write_text("task: {name: digits}\n")
+    chosen = ("--resume", "old run/checkpoints/step-00000005", "--traceback")
+    command = under_fake_slurm(tmp_path, "train.sbatch", *chosen, code=75)
+    assert command[-3:] == list(chosen)
+    assert requeued(tmp_path), (tmp_path / "err").read_text()
+    (tmp_path / "fake" / "requeued").unlink()
+    command = under_fake_slurm(tmp_path, "train.sbatch", "digits", *chosen, code=75, SLURM_RESTART_COUNT="1")
+    assert command[-4:] == ["digits", "--resume", "old run", "--traceback"], "or it would not get further"
+    assert requeued(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("digits", "--log.name", "a"), "runs/a"),
+        (("digits", "--log.name", "a", "--simulate", "2", "--traceback", "--resume=auto"), "runs/a"),
+        (("digits", "--log.name", "a", "--resume", "x/y"), "x/y"),
+        (("digits", "--resume", "x/y/checkpoints/step-00000003"), "x/y"),
+    ],
+)
+def test_which_run_goes_on_is_known(words: tuple[str, ...], expected: str) -> None:
+    assert requeue.run_of(words) == Path(expected)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from distloop.build import place
+from distloop.config import Config
 from distloop.errors import WorldError
+from distloop.transports import Alone
 from distloop.world import World
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29500"}
@@ -36,6 +40,10 @@ SLURM = {
         (SLURM | {"SLURM_NODEID": "2"}, World(5, 8, 1, 2, "Slurm")),
         (SLURM | TORCHRUN, World(3, 4, 1, 2, "torchrun")),
         ({"RANK": "1", "WORLD_SIZE": "2"}, World(1, 2, 1, 2, "torchrun", False)),
+        # One that starts a rank per host by hand may say the number on the host alone: it chooses the GPU.
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, World(3, 4, 0, 4, "torchrun", False)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, World(3, 4, 1, 4, "torchrun", False)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, World(3, 4, 3, 4, "torchrun", False)),
         (SLURM | {"RANK": "5", "WORLD_SIZE": "8"}, World(5, 8, 1, 3, "torchrun")),  # a common recipe in job scripts
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, World(0, 1, 0, 1, "none")),  # salloc's shell is no rank
     ],
@@ -80,6 +88,10 @@ def test_single_host() -> None:
     ("environment", "message"),
     [
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "abc"}, "LOCAL_RANK='abc'"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "2"},
+            r"LOCAL_RANK=2 .* outside the host: WORLD_SIZE=2 allows local ranks 0 to 1",
+        ),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_RANK is missing"),
         ({"PMI_SIZE": "4"}, "PMI_RANK is missing"),
         (
@@ -97,3 +109,33 @@ def test_single_host() -> None:
 def test_mistakes_are_named_wherever_they_are(environment: dict[str, str], message: str) -> None:
     with pytest.raises(WorldError, match=message):
         World.from_environment(environment)
+
+
+@pytest.mark.parametrize(
+    ("world", "gpus", "shown", "expected"),
+    [
+        (World(3, 4, 1, 2, "torchrun"), 2, False, 1),
+        (World(3, 4, 1, 2, "torchrun"), 1, True, 0),  # each rank is shown its own
+        (World(3, 4, 1, 2, "torchrun"), 1, False, None),
+        (World(3, 4, 3, 4, "torchrun", False), 1, False, 0),  # by hand on four hosts with a GPU each
+        (World(3, 4, 0, 4, "torchrun", False), 4, False, 0),
+        (World(3, 4, 3, 4, "torchrun", False), 2, False, None),
+    ],
+)
+def test_each_rank_takes_its_gpu(
+    monkeypatch: pytest.MonkeyPatch, world: World, gpus: int, shown: bool, expected: int | None
+) -> None:
+    taken: list[int] = []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: taken.append(device.index))
+    monkeypatch.setattr(place, "set_threads", lambda *_: "")
+    monkeypatch.setattr(place, "agree_on", lambda *_, **__: None)
+    if expected is None:
+        with pytest.raises(WorldError, match=f"local rank {world.local_rank} has no GPU of its own"):
+            place.make_place(Config(), world, Alone())
+    else:
+        assert place.make_place(Config(), world, Alone()).device == torch.device("cuda", expected)
+    assert taken == ([] if expected is None else [expected])

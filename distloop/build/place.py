@@ -52,8 +52,10 @@ def make_place(
         )
     if wanted.backend == "nccl" and not gpus:
         raise WorldError(f"world.backend: {nccl_unusable()}", everywhere=True)
-    # A scheduler may show each rank its own GPU alone; it is number 0 to all of them then.
-    index = 0 if gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ else world.local_rank
+    # A scheduler may show each rank its own GPU alone; it is number 0 to all of them then. So is a host's only GPU
+    # where nobody has said which ranks share a host.
+    alone = "CUDA_VISIBLE_DEVICES" in os.environ or not world.host_known
+    index = 0 if gpus == 1 and alone else world.local_rank
     if gpus and index >= gpus:
         raise WorldError(
             f"local rank {world.local_rank} has no GPU of its own, this host has {gpus}: start at most {gpus} ranks "

@@ -7,12 +7,14 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+from distloop.errors import ConfigError
+from distloop.targets import given
 
 TRAIN = ("-m", "distloop", "train")
 GRACE = 5  # seconds that Open MPI leaves the others when a rank has ended
-IN_CONTAINER = Path("/config")
-RUNS_IN_CONTAINER = "/runs"
+WORK, CONFIG, RUNS = PurePosixPath("/work"), PurePosixPath("/config"), "/runs"  # in a container
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Wanted:
     """What is to be started.
 
     Attributes:
-        arguments: what stands behind ``distloop train``: target and settings.
+        arguments: what stands behind ``distloop train``.
         python: the interpreter.
         nodes: how many hosts.
         ranks: how many on each.
@@ -32,6 +34,31 @@ class Wanted:
     nodes: int = 1
     ranks: int = 1
     master: str = ""
+
+
+@dataclass(frozen=True)
+class Box:
+    """What a container gets of this host; all paths are absolute, without links.
+
+    Attributes:
+        folder: is the container's working directory; it is also its home, as the rest cannot be written.
+        runs: the directory for run directories, which must be there.
+        user: UID:GID to be, so that files belong to who starts it.
+        config: the configuration file, if the target is one.
+        resume: the path to go on from, if there is one.
+        gpus: whether it gets the GPUs, and may lock memory for them.
+        variables: names of environment variables that it is to have too.
+        image: by default the one for these devices.
+    """
+
+    folder: Path
+    runs: Path
+    user: str
+    config: Path | None = None
+    resume: Path | None = None
+    gpus: bool = False
+    variables: tuple[str, ...] = ()
+    image: str | None = None
 
 
 def local(wanted: Wanted) -> list[str]:
@@ -58,26 +85,43 @@ def mpirun(wanted: Wanted, program: str = "mpirun", *, mpich: bool = False) -> l
     return [program, "-n", ranks, *options, *placed, *local(wanted)]
 
 
-def docker(wanted: Wanted, *, gpus: bool, config: Path | None, runs: Path, user: str | None = None) -> list[str]:
-    """Return the command for one host, on which a container runs torchrun.
+def docker(wanted: Wanted, box: Box) -> list[str]:
+    """Return the command for one host, on which a container runs an agent with the ranks, as docker/ documents it."""
+    ours = given(wanted.arguments)
+    options = ["--gpus", "all", "--shm-size", "16g", "--ulimit", "memlock=-1"] if box.gpus else ["--shm-size", "1g"]
+    options += ["--read-only", "--tmpfs", "/tmp", "--user", box.user]  # noqa: S108
+    options += ["--mount", _mount(box.folder, str(WORK))]
+    target, settings = ours.target or "", [*ours.settings]
+    if box.config is not None and (inner := _inside(box.config, box)) is not None:
+        target = inner
+    elif box.config is not None:
+        target = str(CONFIG / box.config.name)
+        options += ["--mount", _mount(box.config, target, "readonly")]
+    if (runs := _inside(box.runs, box)) is None:
+        runs = RUNS
+        options += ["--mount", _mount(box.runs, RUNS)]
+    settings = [*_without(settings, "--log.directory"), "--log.directory", runs]
+    if ours.resume is not None:
+        settings += ["--resume", ours.resume if box.resume is None else _resumed(box.resume, box, runs)]
+    settings += [] if ours.ranks is None else ["--simulate", str(ours.ranks)]
+    settings += ["--traceback"] if ours.traceback else []
+    variables = [f"PET_NPROC_PER_NODE={wanted.ranks}", *box.variables]  # those without a value are taken over
+    options += [word for variable in variables for word in ("--env", variable)]
+    image = box.image or ("distloop:cuda" if box.gpus else "distloop:cpu")
+    return ["docker", "run", "--rm", *options, image, "train", target, *settings]
 
-    Args:
-        wanted: its arguments begin with the target, that is ``config`` if this is given.
-        gpus: whether the container gets the GPUs, and may lock memory for them.
-        config: the absolute path of the configuration file.
-        runs: the absolute path of the directory for run directories, which must be there.
-        user: UID:GID to be, so that files belong to who starts it.
-    """
-    target, *settings = wanted.arguments
-    options = ["--gpus", "all", "--ulimit", "memlock=-1"] if gpus else []
-    options += ["--user", user] if user else []
-    options += ["--mount", _mount(runs, RUNS_IN_CONTAINER)]
-    if config is not None:
-        target = str(IN_CONTAINER / config.name)
-        options += ["--mount", _mount(config, target, "readonly")]
-    started = ["launch", "--via", "torchrun", "--ranks-per-node", str(wanted.ranks)]
-    settings = [*_without(settings, "--log.directory"), "--log.directory", RUNS_IN_CONTAINER]
-    return ["docker", "run", "--rm", "--init", "--ipc=host", *options, "distloop", *started, target, *settings]
+
+def _inside(path: Path, box: Box) -> str | None:
+    """Return what the container calls a path, if it is in the folder that it sees."""
+    return str(WORK / path.relative_to(box.folder)) if path.is_relative_to(box.folder) else None
+
+
+def _resumed(path: Path, box: Box, runs: str) -> str:
+    if path.is_relative_to(box.runs):
+        return str(PurePosixPath(runs) / path.relative_to(box.runs))
+    if (inner := _inside(path, box)) is None:
+        raise ConfigError(f"command line --resume: {path}: the container sees {box.folder} and {box.runs} alone")
+    return inner
 
 
 def _without(settings: Sequence[str], name: str) -> list[str]:
@@ -96,7 +140,7 @@ def slurm(wanted: Wanted, *, agents: bool = False, time: str = "01:00:00", folde
     """Return the script for sbatch.
 
     Args:
-        wanted: its target and settings go into the script.
+        wanted: its arguments go into the script.
         agents: one torchrun per node instead of a task of srun for each rank.
         time: the limit, as sbatch reads it.
         folder: where ``python`` is, if it is to be found there before elsewhere.

@@ -1,4 +1,4 @@
-"""``python -m distloop.launching.requeue CONFIG [settings...]``: whether a job that stopped is to be started again.
+"""``python -m distloop.launching.requeue ARGUMENTS``, those of train: whether a job that stopped is to start again.
 
 A job whose ranks are stopped before they train a step (its limit is too short, its nodes too slow) would be started
 again for ever. ``run.json`` has the step at which each attempt began: if this one and the one before began where the
@@ -15,7 +15,7 @@ from typing import Any
 
 from distloop.build.attempts import known_of
 from distloop.errors import DistloopError
-from distloop.targets import resolve
+from distloop.targets import given
 
 
 def stuck(began: Sequence[int | None], newest: int, restarts: int) -> bool:
@@ -49,12 +49,20 @@ def reason(run: Path, environment: Mapping[str, str]) -> str | None:
     )
 
 
-def main(arguments: list[str]) -> int:
+def run_of(arguments: Sequence[str]) -> Path:
+    """Return the directory of the run that train goes on with, given what the batch scripts give it."""
+    config = given(["--resume", "auto", *arguments]).resolved().config
+    if config.checkpoint.resume in (None, "auto"):
+        return Path(config.log.directory, config.log.name or "")
+    path = Path(config.checkpoint.resume)
+    return path.parent.parent if path.name.startswith("step-") and path.parent.name == "checkpoints" else path
+
+
+def main(arguments: Sequence[str]) -> int:
     """Say and return whether to start again."""
     try:
-        config = resolve(arguments[0], arguments[1:]).config
-        found = reason(Path(config.log.directory, config.log.name or ""), os.environ)
-    except (DistloopError, IndexError) as failure:
+        found = reason(run_of(arguments), os.environ)
+    except DistloopError as failure:
         found = str(failure)
     if found is not None:
         print(f"distloop: {found}", file=sys.stderr)

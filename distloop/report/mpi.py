@@ -22,14 +22,15 @@ print(json.dumps([name, ".".join(map(str, version)), MPI.Get_library_version()])
 """
 SECONDS = 20.0
 INSTALL = 'pip install "distloop[mpi]"'
-# How the mpirun of each MPI names itself, by the vendor that mpi4py knows it as.
+# How the mpirun of each MPI names itself, by the vendor that mpi4py knows it as; launch/mpirun.sh has them too. In this
+# order: what is of MPICH's family may say how it was configured, and name others in that.
 LAUNCHERS = {
-    "Open MPI": r"Open MPI|OpenRTE|PRRTE|prterun",
-    "MPICH": r"HYDRA|MPICH",
     "Intel MPI": r"Intel\(R\) MPI",
     "MVAPICH": r"MVAPICH",
+    "MPICH": r"HYDRA|MPICH",
+    "Open MPI": r"Open MPI|OpenRTE|PRRTE",
 }
-SAME = ({"MPICH", "Intel MPI", "MVAPICH"},)  # launchers of one family start each other's ranks
+FAMILY = {"MPICH", "Intel MPI", "MVAPICH"}  # they start each other's ranks
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,15 @@ def mpirun() -> tuple[str | None, str | None, str]:
     path = shutil.which("mpirun") or shutil.which("mpiexec")
     if path is None:
         return None, None, ""
-    done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=SECONDS, check=False)
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as failure:
+        return path, None, f"--version: {failure}"
     told = done.stdout + done.stderr
-    vendor = next((vendor for vendor, sign in LAUNCHERS.items() if re.search(sign, told, re.IGNORECASE)), None)
+    vendor = next((vendor for vendor, sign in LAUNCHERS.items() if re.search(sign, told)), None)
     return path, vendor, (told.strip().splitlines() or ["it says nothing"])[0].strip()
 
 
 def belongs(vendor: str | None, library: str) -> bool:
     """Return whether an mpirun of this vendor starts ranks that this MPI sees as one world."""
-    return vendor == library or any({vendor, library} <= family for family in SAME)
+    return vendor == library or {vendor, library} <= FAMILY
