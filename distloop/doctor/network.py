@@ -7,9 +7,10 @@ import socket
 from collections.abc import Iterator
 
 from distloop.doctor.findings import Context, Finding, failed, ok, warning
-from distloop.transports.addresses import is_loopback, listener, source_address, with_addresses
+from distloop.transports.addresses import is_loopback, listener, look_up, source_address, with_addresses
 
 DEFAULT_PORT = 29500  # torchrun's
+LOOKUP = 3.0  # seconds for a name; a run gives it more, as its hosts may not be up yet
 
 
 def host_name(context: Context) -> Iterator[Finding]:
@@ -40,7 +41,8 @@ def _master(context: Context, master: str) -> Finding:
         advice = "give MASTER_ADDR (torchrun --master-addr, --rdzv-endpoint) a name that all hosts know, or an address"
         return failed("master", f"MASTER_ADDR={master!r} does not resolve ({failure})", advice)
     told = f"MASTER_ADDR={master} is {', '.join(found)}"
-    if context.several_hosts and all(is_loopback(address) for address in found):
+    # On rank 0's own host it is usual: Debian has host names at 127.0.1.1.
+    if context.several_hosts and context.world.rank != 0 and all(is_loopback(address) for address in found):
         return failed("master", f"{told}: each host would look for it on itself", "give it an address others reach")
     return ok("master", told)
 
@@ -85,6 +87,9 @@ def port(context: Context) -> Finding:
 
 
 def addresses(name: str) -> list[str]:
-    """Return the addresses that a name resolves to."""
-    found = socket.getaddrinfo(name.strip("[]"), None, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(where[0]).partition("%")[0] for *_, where in found))
+    """Return the addresses that a name resolves to.
+
+    Raises:
+        OSError: it does not, or nobody answers.
+    """
+    return list(dict.fromkeys(found.partition("%")[0] for found in look_up(name.strip(" []"), LOOKUP)))

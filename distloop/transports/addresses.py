@@ -32,6 +32,22 @@ def resolve(name: str, seconds: float = LOOKUP) -> list[str]:
     Raises:
         WorldError: the name does not resolve in time.
     """
+    try:
+        return look_up(name, seconds)
+    except OSError as failure:
+        raise WorldError(
+            f"MASTER_ADDR={name!r} does not resolve on {socket.gethostname()}: {failure.strerror or failure}; give a "
+            "name or an address of rank 0's host that this one knows",
+            everywhere=True,
+        ) from None
+
+
+def look_up(name: str, seconds: float) -> list[str]:
+    """Return the addresses of a host; ask again until so many seconds are over.
+
+    Raises:
+        OSError: the name does not resolve in time.
+    """
     answers: queue.Queue[list[str] | OSError] = queue.Queue()
     deadline = time.monotonic() + seconds
 
@@ -53,11 +69,7 @@ def resolve(name: str, seconds: float = LOOKUP) -> list[str]:
     except queue.Empty:
         answer = OSError(f"no answer within {seconds:g} s")
     if isinstance(answer, OSError):
-        raise WorldError(
-            f"MASTER_ADDR={name!r} does not resolve on {socket.gethostname()}: {answer.strerror or answer}; give a "
-            "name or an address of rank 0's host that this one knows",
-            everywhere=True,
-        )
+        raise answer
     return answer
 
 
