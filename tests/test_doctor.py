@@ -263,8 +263,14 @@ def test_processes_of_a_group(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "pids.max").write_text("max\n")
     (tmp_path / "a" / "pids.max").write_text("77\n")
-    assert limits._most_of_group(tmp_path / "cgroup", tmp_path) == 77
-    assert limits._most_of_group(tmp_path / "none", tmp_path) is None
+    assert limits._most_of_groups(tmp_path / "cgroup", tmp_path) == 77
+    (tmp_path / "a" / "b" / "pids.max").write_text("500\n")
+    assert limits._most_of_groups(tmp_path / "cgroup", tmp_path) == 77, "all of them hold"
+    (tmp_path / "cgroup").write_text("5:devices,pids:/c\n0::/x\n")
+    (tmp_path / "pids" / "c").mkdir(parents=True)
+    (tmp_path / "pids" / "c" / "pids.max").write_text("33\n")
+    assert limits._most_of_groups(tmp_path / "cgroup", tmp_path) == 33
+    assert limits._most_of_groups(tmp_path / "none", tmp_path) is None
 
 
 def test_ranks_and_cores() -> None:

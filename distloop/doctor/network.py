@@ -52,9 +52,9 @@ def interfaces(context: Context) -> Finding:
     found = with_addresses()
     listed = ", ".join(f"{name} {' '.join(own)}" for name, own in found.items())
     asked = os.environ.get("GLOO_SOCKET_IFNAME")
-    if asked and asked not in found:
+    if unknown := [name for name in asked.split(",") if name not in found] if asked else []:
         advice = f"unset it, or set it to one of {', '.join(found)}"
-        return failed("interfaces", f"GLOO_SOCKET_IFNAME={asked!r} is no interface with an address here", advice)
+        return failed("interfaces", f"GLOO_SOCKET_IFNAME={unknown[0]!r} is no interface with an address here", advice)
     master = os.environ.get("MASTER_ADDR")
     if not master:
         return ok("interfaces", listed)
