@@ -88,8 +88,8 @@ def test_as_ranks_of_a_launcher(tmp_path: Path) -> None:
     assert [end.code for end in ends] == [0, 0], ends[0].out + ends[1].err
     assert ends[1].out == "", "rank 0 alone tells"
     lines = ends[0].out.splitlines()
-    assert lines[0].startswith("ok       launcher            torchrun: rank 0 of 2")
-    assert any(line.startswith("ok       links               slowest pair: ranks 0 and 1, ") for line in lines)
+    assert lines[0].startswith("ok       launcher                torchrun: rank 0 of 2")
+    assert any(line.startswith("ok       links                   slowest pair: ranks 0 and 1, ") for line in lines)
     assert lines[-1].endswith(" 0 failed")
 
 
@@ -185,7 +185,7 @@ def test_names_that_do_not_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
     own, master = network.host_name(TWO_HOSTS)
     assert own.level == master.level == Level.FAILED
     assert "'no-such-host' does not resolve" in own.found and "/etc/hosts" in own.advice
-    assert "MASTER_ADDR='no-such-master' does not resolve" in master.found
+    assert "'no-such-master' does not resolve" in master.found
 
 
 def test_loopback_is_for_one_host(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,10 +234,28 @@ def test_who_listens(tmp_path: Path) -> None:
 def test_the_launchers_port(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
+        monkeypatch.setenv("MASTER_ADDR", "h0")
         monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
         assert network.port(TWO_HOSTS).level == Level.OK
         monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
         assert network.port(TWO_HOSTS).level == Level.FAILED
+    monkeypatch.setenv("MASTER_PORT", "abc")
+    found = network.port(TWO_HOSTS)
+    assert found.level == Level.FAILED and "MASTER_PORT='abc' is no port" in found.found
+
+
+def test_where_ranks_of_other_launchers_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    by_mpi = Context(World(0, 2, 0, 2, "Open MPI"), Config())
+    assert network.port(by_mpi) == ok("port", "none is needed: ranks meet by MPI")
+    for name, value in {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "a[07-09]"}.items():
+        monkeypatch.setenv(name, value)
+    step = Context(World(0, 2, 0, 1, "Slurm"), Config())
+    monkeypatch.setattr(network, "listener", lambda number: "process 1 (x)" if number == 15031 else None)
+    monkeypatch.setattr(network, "addresses", lambda name: ["10.0.0.7"] if name == "a07" else ["10.0.0.1"])
+    assert network.port(step) == ok("port", "16040 is free"), "one of those that it tries"
+    assert list(network.host_name(step))[1] == ok("master", "a07 is 10.0.0.7")
 
 
 def test_huge_pages(tmp_path: Path) -> None:
@@ -561,7 +579,7 @@ def test_own_ranks_are_not_the_launchers(tmp_path: Path, monkeypatch: pytest.Mon
 def test_lines_fit_narrow_terminals() -> None:
     finding = Finding("run directory", Level.WARNING, "some words " * 20, "do this", "node-1")
     assert "\n" not in show.line(finding, None)
-    assert show.line(finding, None).startswith("warning  run directory       node-1: some words")
+    assert show.line(finding, None).startswith("warning  run directory           node-1: some words")
     for width in (30, 40, 80):
         assert all(len(part) <= width for part in show.line(finding, width).splitlines())
     assert show.summary([finding, ok("a", "b")]) == "1 ok, 1 warning, 0 failed"

@@ -49,7 +49,7 @@ def open_files(context: Context) -> Finding:
 def locked_memory(context: Context) -> Finding:
     """Look at how much memory may be locked: network cards and GPUs that read it themselves want that."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    told = f"{'no limit' if soft == resource.RLIM_INFINITY else in_words(soft)}"
+    told = "no limit" if soft == resource.RLIM_INFINITY else f"{in_words(soft)} may be locked"
     if soft != resource.RLIM_INFINITY and NETWORKS.exists():
         return warning(
             "locked memory", f"{told}, and there is InfiniBand, which locks what it sends", "ulimit -l unlimited"

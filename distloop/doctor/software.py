@@ -36,7 +36,7 @@ def gpus(context: Context) -> Iterator[Finding]:
         elif there:
             yield warning("GPUs", f"{'; '.join(driver)}; but torch sees none ({reason})", _how(driver))
         else:
-            yield ok("GPUs", f"none ({'; '.join(driver)})")
+            yield ok("GPUs", "; ".join(driver))
         return
     names = ", ".join(torch.cuda.get_device_name(index) for index in range(seen))
     world = context.world

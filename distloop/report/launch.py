@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 from distloop.errors import DistloopError
-from distloop.world import LAUNCHERS, World
+from distloop.world import World
 
 
 def found() -> str:
@@ -16,13 +14,15 @@ def found() -> str:
         return f"unclear: {failure}"
     if world.launcher == "none":
         return "none: one rank"
-    return f"{world.launcher}: rank {world.rank} of {world.size}, {world.local_rank} of {world.local_size} on this host"
+    told = f"{world.launcher}: rank {world.rank} of {world.size}"
+    if not world.host_known:
+        return f"{told}, it does not say which of them share a host"
+    return f"{told}, {world.local_rank} of {world.local_size} on this host"
 
 
 def why() -> str:
-    """Return the variables that tell of launchers, the one that counts first."""
-    told = [launcher for launcher in LAUNCHERS if launcher.marker in os.environ]
-    if not told:
-        return f"none of {', '.join(launcher.marker for launcher in LAUNCHERS)} is set"
-    first, *others = [f"{launcher.marker} is set by {launcher.name}" for launcher in told]
-    return first + (f"; comes before: {', '.join(others)}" if others else "")
+    """Return what tells so."""
+    try:
+        return World.from_environment().because
+    except DistloopError:
+        return "the variables contradict each other, or some are missing"
