@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -12,6 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from distloop.control_groups import Group, groups_of
 from distloop.errors import WorldError
 from distloop.world import World
 
@@ -124,43 +126,34 @@ def affinity() -> set[int]:
     return set(range(os.cpu_count() or 1))
 
 
-def chosen_threads(world: World, environment: Mapping[str, str] | None = None, proc: Path = PROC) -> bool:
-    """Return whether the user has set OMP_NUM_THREADS.
+def chosen_threads(world: World, environment: Mapping[str, str] | None = None, proc: Path = PROC) -> int | None:
+    """Return the threads that the user has set in OMP_NUM_THREADS; None if there are none.
 
     torchrun sets it to 1 where the user has not. The environment that torchrun itself was started with tells who it
     was; where that cannot be read, or somebody stands in between, it counts as the user.
     """
     env = os.environ if environment is None else environment
-    if "OMP_NUM_THREADS" not in env:
-        return False
-    if world.launcher != "torchrun" or env["OMP_NUM_THREADS"] != "1" or "TORCHELASTIC_RUN_ID" not in env:
-        return True
+    # A list has a number for each level of nesting; what is no number counts for OpenMP no more than for us.
+    given = env.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    chosen = int(given) if re.fullmatch("[0-9]{1,6}", given) and int(given) else None
+    if chosen != 1 or world.launcher != "torchrun" or "TORCHELASTIC_RUN_ID" not in env:
+        return chosen
     try:
         variables = (proc / str(os.getppid()) / "environ").read_bytes().split(b"\0")
     except OSError:
-        return True
+        return chosen
     names = {variable.partition(b"=")[0] for variable in variables}
-    return b"OMP_NUM_THREADS" in names or b"TORCHELASTIC_RUN_ID" in names or names == {b""}
+    by_user = b"OMP_NUM_THREADS" in names or b"TORCHELASTIC_RUN_ID" in names or names == {b""}
+    return chosen if by_user else None
 
 
 def cpu_quota(groups: Path, mounted: Path) -> tuple[float | None, str]:
     """Return the processors whose time this process's control groups allow it, and which of them; None if all."""
-    try:
-        lines = groups.read_text().splitlines()
-    except OSError:
-        return None, ""
     least: tuple[float | None, str] = (None, "")
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        top = mounted / "cpu" if controllers else mounted
-        inner = top / path.lstrip("/")
-        # A container may see its own group as the top one, and still be told its path outside.
-        for folder in [inner, *inner.parents][: len(inner.relative_to(top).parts) + 1]:
-            quota = _quota(folder, first_version=bool(controllers))
-            if quota is not None and (least[0] is None or quota < least[0]):
-                least = quota, str(folder)
+    for group in groups_of("cpu", groups, mounted):
+        quota = _quota(group)
+        if quota is not None and (least[0] is None or quota < least[0]):
+            least = quota, str(group.folder)
     return least
 
 
@@ -205,13 +198,13 @@ def _even(cores: Sequence[tuple[int, ...]], parts: int) -> list[tuple[int, ...]]
     return [tuple(sorted(p for core in cores[i * each : (i + 1) * each] for p in core)) for i in range(parts)]
 
 
-def _quota(folder: Path, *, first_version: bool) -> float | None:
+def _quota(group: Group) -> float | None:
     try:
-        if first_version:
-            quota = (folder / "cpu.cfs_quota_us").read_text().strip()
-            period = (folder / "cpu.cfs_period_us").read_text().strip()
+        if group.first_version:
+            quota = (group.folder / "cpu.cfs_quota_us").read_text().strip()
+            period = (group.folder / "cpu.cfs_period_us").read_text().strip()
         else:
-            quota, period = (folder / "cpu.max").read_text().split()
+            quota, period = (group.folder / "cpu.max").read_text().split()
         return int(quota) / int(period) if int(quota) > 0 else None
     except (OSError, ValueError, ZeroDivisionError):  # "max"
         return None

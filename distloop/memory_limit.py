@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from distloop.control_groups import MOUNTED, OWN, groups_of
+
 UNLIMITED = 2**60  # bytes; version 1 says so by a number near 2**63
 
 
@@ -17,7 +19,7 @@ class _Group:
 class MemoryLimit:
     """Counts the kills from now on, in the control groups that this process is in."""
 
-    def __init__(self, proc: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")):
+    def __init__(self, proc: Path = OWN, mounted: Path = MOUNTED):
         self._groups = _groups(proc, mounted)
         self._before = [_kills(group) for group in self._groups]
 
@@ -32,32 +34,19 @@ class MemoryLimit:
         return None
 
 
-def memory_bound(proc: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> int | None:
+def memory_bound(proc: Path = OWN, mounted: Path = MOUNTED) -> int | None:
     """Return the bytes that this job may use; None without a limit."""
     least = min((_limit(group) for group in _groups(proc, mounted)), default=UNLIMITED)
     return least if least < UNLIMITED else None
 
 
 def _groups(proc: Path, mounted: Path) -> list[_Group]:
-    """Return this process's group and those around it, the innermost first."""
-    try:
-        lines = proc.read_text().splitlines()
-    except OSError:
-        return []
-    groups: list[_Group] = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "memory":
-            top, events, limit = mounted / "memory", "memory.oom_control", "memory.limit_in_bytes"
-        elif controllers == "":
-            top, events, limit = mounted, "memory.events", "memory.max"
-        else:
-            continue
-        inner = top / path.lstrip("/")
-        # A container may see its own group as the top one, and still be told its path outside.
-        folders = [inner, *inner.parents][: len(inner.relative_to(top).parts) + 1]
-        groups += [_Group(f / events, f / limit) for f in folders if (f / events).exists()]
-    return groups
+    groups = []
+    for group in groups_of("memory", proc, mounted):
+        first = ("memory.oom_control", "memory.limit_in_bytes")
+        events, limit = first if group.first_version else ("memory.events", "memory.max")
+        groups.append(_Group(group.folder / events, group.folder / limit))
+    return [group for group in groups if group.events.exists()]
 
 
 def _kills(group: _Group) -> int:

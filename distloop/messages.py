@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,12 +31,18 @@ def agree_on(
     every = transport.all_gather(torch.tensor([own], dtype=torch.int64)).wait()
     if (every == own).all():
         return
-    by_rank = gather_json(transport, dict(facts))
+    if different := first_difference(gather_json(transport, dict(facts))):
+        raise error(f"ranks differ in {what}: {different}")
+
+
+def first_difference(by_rank: Sequence[Mapping[str, Any]]) -> str:
+    """Return in words the first fact that is not the same on rank 0 and another, with both sides; "" if all are."""
     for rank, theirs in enumerate(by_rank):
         for key in [*by_rank[0], *theirs]:
             one, other = (json.dumps(facts.get(key), sort_keys=True) for facts in (by_rank[0], theirs))
             if one != other:  # as text, because NaN is not equal to itself
-                raise error(f"ranks differ in {what}: {key} is {one} on rank 0 and {other} on rank {rank}")
+                return f"{key} is {one} on rank 0 and {other} on rank {rank}"
+    return ""
 
 
 def digest(text: str) -> int:

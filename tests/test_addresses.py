@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -115,6 +118,10 @@ def test_the_interface_leads_to_the_master(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(addresses, "source_address", lambda towards: "127.0.0.1" if towards.startswith("127") else "")
     with pytest.raises(WorldError, match=r"no network interface leads from .* to other hosts \(MASTER_ADDR='h0' is an"):
         own_address("h0")
+    monkeypatch.setattr(addresses, "source_address", lambda towards: "")
+    monkeypatch.setattr(addresses, "resolve", lambda name: ["10.1.0.9"])
+    with pytest.raises(WorldError, match=r"\(there is no route to MASTER_ADDR='h9', 10\.1\.0\.9\), and"):
+        own_address("h9")
 
 
 def test_a_chosen_interface_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +135,27 @@ def test_a_chosen_interface_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert interface_of("10.1.0.2") == "ib0" and interface_of("10.9.0.1") == ""
     addresses.use_interface("10.1.0.2")
     assert os.environ.pop("GLOO_SOCKET_IFNAME") == "ib0"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0,eth0")  # torch takes a list
+    assert own_address("anything") == "10.1.0.1"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0,eth9")
+    with pytest.raises(WorldError, match="GLOO_SOCKET_IFNAME='eth9' is no"):
+        own_address("anything")
+
+
+def test_the_interface_that_we_told_gloo_is_no_choice_of_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(addresses, "with_addresses", lambda: {"eth0": ["10.0.0.1", "fd00::1"], "ib0": ["10.1.0.1"]})
+    monkeypatch.setattr(addresses, "resolve", lambda name: [name])
+    monkeypatch.setattr(addresses, "source_address", lambda towards: "fd00::1" if ":" in towards else "10.1.0.1")
+    monkeypatch.setattr(addresses, "_own", addresses._Own())
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+    for master, address, interface in (("fd00::9", "fd00::1", "eth0"), ("10.1.0.9", "10.1.0.1", "ib0")):
+        for _ in range(2):
+            assert own_address(master) == address
+            addresses.use_interface(address)
+            assert os.environ["GLOO_SOCKET_IFNAME"] == interface
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    addresses.use_interface("10.1.0.1")
+    assert own_address("fd00::9") == "10.0.0.1" and os.environ["GLOO_SOCKET_IFNAME"] == "eth0"
 
 
 def test_real_addresses() -> None:
@@ -194,3 +222,25 @@ def test_the_next_port_is_taken_where_there_is_a_choice() -> None:
         (listener,) = listening.listen(["127.0.0.1"], Master("h0", ports))
         assert listener.getsockname()[1] == ports[1]
         listener.close()
+
+
+def test_all_addresses_of_an_interface_are_seen() -> None:
+    """In a network of its own; who may not make one has the other tests."""
+    ask = "import json; from distloop.transports.addresses import *; print(json.dumps(with_addresses()))"
+    script = (
+        "{ ip link set lo up && ip addr add 10.5.0.1/24 dev lo && ip addr add 10.5.0.2/24 dev lo && "
+        'ip addr add 10.5.0.3/24 dev lo label lo:x; } || exit 77; exec "$0" -c "$1"'
+    )
+    try:
+        done = subprocess.run(
+            ["unshare", "--map-root-user", "--net", "sh", "-c", script, sys.executable, ask],
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    except FileNotFoundError:
+        pytest.skip("there is no unshare here")
+    if done.returncode == 77 or done.stderr.startswith("unshare"):
+        pytest.skip(f"no network can be made here: {done.stderr.strip()}")
+    found = json.loads(done.stdout)
+    assert found.pop("lo:x") == ["10.5.0.3"]
+    (own,) = found.values()
+    assert own[:3] == ["127.0.0.1", "10.5.0.1", "10.5.0.2"] and set(own[3:]) <= {"::1"}

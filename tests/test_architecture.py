@@ -14,7 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up; a module may import from its own floor and from those before it (docs/decisions/0001).
 FLOORS = [
     ["errors", "ending", "signals"],
-    ["world", "master", "native", "host_memory", "memory_limit", "orphans", "cores"],
+    ["world", "master", "native", "host_memory", "control_groups", "memory_limit", "orphans", "cores"],
     ["checkpoints"],
     ["transports"],
     ["collectives", "messages"],

@@ -148,14 +148,39 @@ def test_who_has_chosen_the_threads(tmp_path: Path) -> None:
     parent.parent.mkdir()
     parent.write_bytes(b"PATH=/bin\0HOME=/\0")
     assert not chosen_threads(TORCHRUN, own, tmp_path), "torchrun was started without: it was torchrun"
-    assert chosen_threads(TORCHRUN, own | {"OMP_NUM_THREADS": "2"}, tmp_path)
+    assert chosen_threads(TORCHRUN, own | {"OMP_NUM_THREADS": "2"}, tmp_path) == 2
     assert chosen_threads(World(0, 2, 0, 2, "Open MPI"), own, tmp_path)
     parent.write_bytes(b"PATH=/bin\0OMP_NUM_THREADS=1\0")
     assert chosen_threads(TORCHRUN, own, tmp_path)
     parent.write_bytes(b"TORCHELASTIC_RUN_ID=none\0PATH=/bin\0")
     assert chosen_threads(TORCHRUN, own, tmp_path), "a script of the user's between torchrun and this"
     parent.write_bytes(b"")
-    assert chosen_threads(TORCHRUN, own, tmp_path)
+    assert chosen_threads(TORCHRUN, own, tmp_path) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "threads"), [("3", 3), ("4,2", 4), (" 2 ", 2), ("", None), ("0", None), ("many", None), ("-1", None)]
+)
+def test_what_openmp_is_told(text: str, threads: int | None) -> None:
+    assert chosen_threads(World(), {"OMP_NUM_THREADS": text}) == threads
+
+
+def test_a_run_does_not_inherit_the_threads_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    from distloop.build.threads import set_threads
+    from distloop.config import Config
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    before = torch.get_num_threads()
+    here = [Cores(((0,), (1,), (2,)), (0, 0, 0))]
+    try:
+        deterministic = Config(train={"deterministic": True})  # type: ignore[arg-type]
+        assert set_threads(deterministic, World(), here) == "1 (by train.deterministic; 3 cores)"
+        assert set_threads(Config(), World(), here) == "2 (by OMP_NUM_THREADS; 3 cores)"
+        assert torch.get_num_threads() == 2
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        assert set_threads(Config(), World(), here) == "3 (3 cores)"
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_nodes_of_devices(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pytest
 import torch
 
 from distloop import collectives
+from distloop.build.device import SHOWN
 from distloop.config import Config
 from distloop.doctor import (
     Context,
@@ -35,6 +37,7 @@ from distloop.doctor import (
     together,
 )
 from distloop.doctor.findings import bounded, failed, ok, warning
+from distloop.errors import WorldError
 from distloop.transports import Transport
 from distloop.world import World
 from tests.ranks import free_port, in_threads, run_command
@@ -85,8 +88,8 @@ def test_as_ranks_of_a_launcher(tmp_path: Path) -> None:
     assert [end.code for end in ends] == [0, 0], ends[0].out + ends[1].err
     assert ends[1].out == "", "rank 0 alone tells"
     lines = ends[0].out.splitlines()
-    assert lines[0].startswith("ok       launcher            torchrun: rank 0 of 2")
-    assert any(line.startswith("ok       links               slowest pair: ranks 0 and 1, ") for line in lines)
+    assert lines[0].startswith("ok       launcher                torchrun: rank 0 of 2")
+    assert any(line.startswith("ok       links                   slowest pair: ranks 0 and 1, ") for line in lines)
     assert lines[-1].endswith(" 0 failed")
 
 
@@ -100,6 +103,16 @@ def test_under_torchrun(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert not json.loads(done.stdout)["failed"]
+
+
+def test_one_rank_of_a_launcher_tries_two_of_its_own(tmp_path: Path) -> None:
+    """They are not to look for the store that the launcher keeps, nor for its mpirun."""
+    inherited = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    inherited |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "a", "MASTER_PORT": str(free_port())}
+    arguments = ("--only", "ranks", "--world.transport", "mpi", "--world.timeout", "30")
+    code, found, err = doctor(*arguments, folder=tmp_path, variables=inherited | {"MASTER_ADDR": "127.0.0.1"})
+    assert code == 0, (found, err)
+    assert found["rendezvous"]["found"].startswith("2 ranks on 1 host met")
 
 
 def test_a_port_in_use_is_named_with_its_owner(tmp_path: Path) -> None:
@@ -172,16 +185,29 @@ def test_names_that_do_not_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
     own, master = network.host_name(TWO_HOSTS)
     assert own.level == master.level == Level.FAILED
     assert "'no-such-host' does not resolve" in own.found and "/etc/hosts" in own.advice
-    assert "MASTER_ADDR='no-such-master' does not resolve" in master.found
+    assert "'no-such-master' does not resolve" in master.found
 
 
 def test_loopback_is_for_one_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network, "addresses", lambda name: ["127.0.1.1"])
     monkeypatch.setenv("MASTER_ADDR", "node-1")
     own, master = network.host_name(TWO_HOSTS)
+    assert own.level == Level.WARNING and master.level == Level.OK, "Debian has it so, and rank 0 is here"
+    own, master = network.host_name(Context(World(1, 2, 0, 1, "torchrun"), Config()))
     assert own.level == Level.WARNING and master.level == Level.FAILED
     own, master = network.host_name(Context(World(0, 2, 0, 2, "torchrun"), Config()))
     assert own.level == master.level == Level.OK
+
+
+def test_a_resolver_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *what, **more: time.sleep(8) or [])
+    monkeypatch.setattr(network, "LOOKUP", 0.1)
+    monkeypatch.setenv("MASTER_ADDR", "slow")
+    begun = time.monotonic()
+    own, master = network.host_name(TWO_HOSTS)
+    assert own.level == master.level == network.interfaces(TWO_HOSTS).level == Level.FAILED
+    assert "'slow' does not resolve (no answer within 0.1 s)" in master.found
+    assert time.monotonic() - begun < 6
 
 
 def test_interfaces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,10 +234,28 @@ def test_who_listens(tmp_path: Path) -> None:
 def test_the_launchers_port(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
+        monkeypatch.setenv("MASTER_ADDR", "h0")
         monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
         assert network.port(TWO_HOSTS).level == Level.OK
         monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
         assert network.port(TWO_HOSTS).level == Level.FAILED
+    monkeypatch.setenv("MASTER_PORT", "abc")
+    found = network.port(TWO_HOSTS)
+    assert found.level == Level.FAILED and "MASTER_PORT='abc' is no port" in found.found
+
+
+def test_where_ranks_of_other_launchers_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    by_mpi = Context(World(0, 2, 0, 2, "Open MPI"), Config())
+    assert network.port(by_mpi) == ok("port", "none is needed: ranks meet by MPI")
+    for name, value in {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "a[07-09]"}.items():
+        monkeypatch.setenv(name, value)
+    step = Context(World(0, 2, 0, 1, "Slurm"), Config())
+    monkeypatch.setattr(network, "listener", lambda number: "process 1 (x)" if number == 15031 else None)
+    monkeypatch.setattr(network, "addresses", lambda name: ["10.0.0.7"] if name == "a07" else ["10.0.0.1"])
+    assert network.port(step) == ok("port", "16040 is free"), "one of those that it tries"
+    assert list(network.host_name(step))[1] == ok("master", "a07 is 10.0.0.7")
 
 
 def test_huge_pages(tmp_path: Path) -> None:
@@ -237,8 +281,14 @@ def test_processes_of_a_group(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "pids.max").write_text("max\n")
     (tmp_path / "a" / "pids.max").write_text("77\n")
-    assert limits._most_of_group(tmp_path / "cgroup", tmp_path) == 77
-    assert limits._most_of_group(tmp_path / "none", tmp_path) is None
+    assert limits._most_of_groups(tmp_path / "cgroup", tmp_path) == 77
+    (tmp_path / "a" / "b" / "pids.max").write_text("500\n")
+    assert limits._most_of_groups(tmp_path / "cgroup", tmp_path) == 77, "all of them hold"
+    (tmp_path / "cgroup").write_text("5:devices,pids:/c\n0::/x\n")
+    (tmp_path / "pids" / "c").mkdir(parents=True)
+    (tmp_path / "pids" / "c" / "pids.max").write_text("33\n")
+    assert limits._most_of_groups(tmp_path / "cgroup", tmp_path) == 33
+    assert limits._most_of_groups(tmp_path / "none", tmp_path) is None
 
 
 def test_ranks_and_cores() -> None:
@@ -326,6 +376,40 @@ def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.level == Level.WARNING and "torch sees none" in found.found
 
 
+@pytest.mark.parametrize(
+    ("gpus", "variables", "world", "level"),
+    [
+        (2, {}, World(0, 2, 0, 2, "torchrun"), Level.OK),
+        (1, {}, World(0, 2, 0, 2, "torchrun"), Level.FAILED),
+        (1, {"CUDA_VISIBLE_DEVICES": "0"}, World(0, 2, 0, 2, "Slurm"), Level.OK),  # srun --gpus-per-task=1
+        (2, {"CUDA_VISIBLE_DEVICES": "0,1"}, World(0, 4, 0, 4, "Slurm"), Level.FAILED),
+        (1, {}, World(0, 2, 0, 2, "MPICH", host_known=False), Level.OK),
+    ],
+)
+def test_gpus_for_ranks(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, variables: dict[str, str], world: World, level: Level
+) -> None:
+    for name in SHOWN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H100")
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: True)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 1))
+    monkeypatch.setattr(torch, "ones", lambda *size, device: torch.zeros(size))
+    context = Context(world, Config())
+    assert next(software.gpus(context)).level == level
+    places = [replace(context, world=replace(world, local_rank=rank)) for rank in range(world.local_size)]
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    if level == Level.OK:
+        indices = [together.device_of(place).index for place in places]
+        assert indices == (list(range(world.local_size)) if gpus > 1 else [0] * world.local_size)
+    else:
+        with pytest.raises(WorldError, match="has no GPU of its own"):
+            together.device_of(places[-1])
+
+
 # -- checks between ranks --------------------------------------------------------------------------------------------
 
 
@@ -364,7 +448,44 @@ def test_differences_between_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found.level == Level.FAILED and found.found == "optimizer.lr is 0.2 on rank 0 and 0.1 on rank 2"
     monkeypatch.setattr(together, "software", lambda nccl: {"code": threading.current_thread().name})
     for found in in_threads(2, lambda way: together.same(way, ALONE)):
-        assert found.found == "code is rank 0 on rank 0 and rank 1 on rank 1"
+        assert found.found == 'code is "rank 0" on rank 0 and "rank 1" on rank 1'
+
+
+def test_what_a_rank_may_have_of_its_own_is_not_compared() -> None:
+    def compare(way: Transport) -> Finding:
+        folder = threading.current_thread().name
+        return together.same(way, Context(World(), Config(log={"directory": folder})))  # type: ignore[arg-type]
+
+    assert [found.level for found in in_threads(2, compare)] == [Level.OK] * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "variables", "expected"),
+    [
+        ({}, {}, ("mpi", "gloo")),
+        ({"backend": "nccl"}, {}, ("torch", "gloo")),
+        ({"transport": "torch"}, {}, ("torch", "gloo")),
+        ({}, {"MASTER_ADDR": "h0"}, ("torch", "gloo")),
+        ({"transport": "mpi"}, {"MASTER_ADDR": "h0"}, ("mpi", "gloo")),
+    ],
+)
+def test_ranks_meet_as_those_of_a_run(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], variables: dict[str, str], expected: tuple[str, str]
+) -> None:
+    from distloop.transports import join
+
+    asked = []
+
+    def ask(world: World, name: str, *, backend: str, **more: Any) -> tuple[Any, list[str]]:
+        asked.append((name, backend))
+        return None, []
+
+    monkeypatch.setattr(join, "join", ask)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    together.meet(Context(World(0, 2, 0, 2, "Open MPI"), Config(world=settings)))  # type: ignore[arg-type]
+    assert asked == [expected]
 
 
 @pytest.mark.parametrize(("seconds", "level"), [(0.0, Level.OK), (30.0, Level.WARNING), (-30.0, Level.WARNING)])
@@ -431,10 +552,34 @@ def test_own_ranks_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "did not end within 0.2 s" in found.found
 
 
+def test_own_ranks_are_not_the_launchers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(tmp_path / "python", 'echo "$@" >&2; env | grep -E "^(TORCHEL|PET|OMPI|PMI|MV2|I_MPI|SLURM|MASTER)" >&2')
+    monkeypatch.setattr(own_ranks.sys, "executable", str(tmp_path / "python"))
+    said = ("TORCHELASTIC_USE_AGENT_STORE", "PET_NNODES", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "MV2_X")
+    for name in (*said, "I_MPI_HYDRA_UUID", "SLURM_PROCID", "MASTER_FAMILY", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "True")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    texts, read = [], own_ranks._text
+
+    def keep(file: Any) -> str:
+        texts.append(read(file))
+        return texts[-1]
+
+    monkeypatch.setattr(own_ranks, "_text", keep)
+    target = ("digits", "--optimizer.lr", "0.1", "--world.transport=mpi", "--world.device", "cuda", "--log.every=2")
+    own_ranks.examine(Context(World(), Config(), target))
+    lines = [text.splitlines() for text in texts[1::2]]
+    assert len(lines) == 2
+    for told in lines:
+        assert {line.partition("=")[0] for line in told[1:]} == {"MASTER_ADDR", "MASTER_PORT"}
+        assert "MASTER_ADDR=127.0.0.1" in told
+        assert "digits --optimizer.lr 0.1 --log.every=2 --world.transport=torch --world.device=cpu" in told[0]
+
+
 def test_lines_fit_narrow_terminals() -> None:
     finding = Finding("run directory", Level.WARNING, "some words " * 20, "do this", "node-1")
     assert "\n" not in show.line(finding, None)
-    assert show.line(finding, None).startswith("warning  run directory       node-1: some words")
+    assert show.line(finding, None).startswith("warning  run directory           node-1: some words")
     for width in (30, 40, 80):
         assert all(len(part) <= width for part in show.line(finding, width).splitlines())
     assert show.summary([finding, ok("a", "b")]) == "1 ok, 1 warning, 0 failed"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from distloop.build.deterministic import leaves_of
+from distloop.build.device import own_device, visible_gpus
 from distloop.build.threads import set_threads, take_cores
 from distloop.config import Config
 from distloop.cores import Cores
@@ -45,23 +45,14 @@ def make_place(
     from distloop.transports.process_group import nccl_unusable
 
     wanted = config.world
-    gpus = torch.cuda.device_count() if wanted.device != "cpu" else 0
+    gpus = visible_gpus(wanted.device)
     if wanted.device == "cuda" and not gpus:
         raise WorldError(
             f"world.device: cuda was asked for, but torch {torch.__version__} sees no GPU here", everywhere=True
         )
     if wanted.backend == "nccl" and not gpus:
         raise WorldError(f"world.backend: {nccl_unusable()}", everywhere=True)
-    # A scheduler may show each rank its own GPU alone; it is number 0 to all of them then. So is a host's only GPU
-    # where nobody has said which ranks share a host.
-    alone = "CUDA_VISIBLE_DEVICES" in os.environ or not world.host_known
-    index = 0 if gpus == 1 and alone else world.local_rank
-    if gpus and index >= gpus:
-        raise WorldError(
-            f"local rank {world.local_rank} has no GPU of its own, this host has {gpus}: start at most {gpus} ranks "
-            "per host, or set world.device to cpu"
-        )
-    device = torch.device("cuda", index) if gpus else torch.device("cpu")
+    device = own_device(world, gpus)
     if gpus:
         torch.cuda.set_device(device)
     if config.train.deterministic:

@@ -44,8 +44,8 @@ def set_threads(config: Config, world: World, of_ranks: Sequence[Cores], note: s
     threads, reason = config.world.threads, "world.threads"
     if threads is None and config.train.deterministic:
         threads, reason = 1, "train.deterministic"  # bits depend on how many
-    if threads is None and chosen_threads(world):
-        threads, reason = torch.get_num_threads(), "OMP_NUM_THREADS"
+    if threads is None:  # what torch has now may be the choice of a run before in this process
+        threads, reason = chosen_threads(world), "OMP_NUM_THREADS"
     if threads is None:
         threads, reason = shares(of_ranks)[place], ""
     torch.set_num_threads(threads)

@@ -149,7 +149,10 @@ def _hosts(below: Transport) -> str:
 
 
 def _what_to_do(context: Context) -> str:
-    if context.world.by_mpirun:
+    from distloop.transports.join import meets_by_mpi
+
+    world = context.config.world
+    if meets_by_mpi(context.world, world.transport, world.backend):
         return ""  # the failure says it
     return "see the port, the master and the interfaces above; all ranks must be started, with the same MASTER_ADDR"
 

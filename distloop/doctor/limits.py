@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import resource
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+from distloop.control_groups import MOUNTED, OWN, groups_of
 from distloop.cores import Cores
 from distloop.doctor.findings import Context, Finding, failed, ok, warning
 from distloop.report.machine import in_words
@@ -47,7 +49,7 @@ def open_files(context: Context) -> Finding:
 def locked_memory(context: Context) -> Finding:
     """Look at how much memory may be locked: network cards and GPUs that read it themselves want that."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    told = f"{'no limit' if soft == resource.RLIM_INFINITY else in_words(soft)}"
+    told = "no limit" if soft == resource.RLIM_INFINITY else f"{in_words(soft)} may be locked"
     if soft != resource.RLIM_INFINITY and NETWORKS.exists():
         return warning(
             "locked memory", f"{told}, and there is InfiniBand, which locks what it sends", "ulimit -l unlimited"
@@ -59,7 +61,7 @@ def processes(context: Context) -> Iterator[Finding]:
     """Look at how many processes and threads there may be."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     most, who = soft, "of this user"
-    group = _most_of_group(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    group = _most_of_groups()
     if group is not None and (most == resource.RLIM_INFINITY or group < most):
         most, who = group, "of this control group"
     if most != resource.RLIM_INFINITY and most < PROCESSES:
@@ -80,19 +82,13 @@ def huge_pages(context: Context, file: Path = PAGES) -> Finding:
     return ok("huge pages", f"transparent huge pages: {found[1]}")
 
 
-def _most_of_group(groups: Path, mounted: Path) -> int | None:
-    try:
-        for line in groups.read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            top = mounted / "pids" if controllers == "pids" else mounted
-            if controllers in ("", "pids"):
-                inner = top / path.lstrip("/")
-                for folder in [inner, *inner.parents][: len(inner.relative_to(top).parts) + 1]:
-                    if (folder / "pids.max").exists() and (text := (folder / "pids.max").read_text().strip()) != "max":
-                        return int(text)
-    except (OSError, ValueError):
-        pass
-    return None
+def _most_of_groups(own: Path = OWN, mounted: Path = MOUNTED) -> int | None:
+    """Return the least of the limits of this process's control groups: they all hold."""
+    limits = []
+    for group in groups_of("pids", own, mounted):
+        with suppress(OSError, ValueError):  # "max"
+            limits.append(int((group.folder / "pids.max").read_text()))
+    return min(limits, default=None)
 
 
 def _shown(limit: int) -> str:

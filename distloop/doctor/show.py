@@ -13,7 +13,7 @@ from distloop.doctor.links import Link
 from distloop.report.machine import in_words
 
 STYLES = {Level.OK: "green", Level.WARNING: "yellow", Level.FAILED: "bold red"}
-NAME = 19  # columns
+NAME = 23  # columns: "sums over shared_memory"
 WIDEST = 8  # ranks beside each other; of more, the slowest pairs are listed
 
 

@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from distloop import native
+from distloop.build.device import own_device
 from distloop.doctor.findings import Context, Finding, failed, ok, warning
-from distloop.errors import DistloopError
+from distloop.errors import DistloopError, WorldError
 from distloop.report import machine, mpi, versions
 
 CUDA_AWARE = (
@@ -34,14 +36,17 @@ def gpus(context: Context) -> Iterator[Finding]:
         elif there:
             yield warning("GPUs", f"{'; '.join(driver)}; but torch sees none ({reason})", _how(driver))
         else:
-            yield ok("GPUs", f"none ({'; '.join(driver)})")
+            yield ok("GPUs", "; ".join(driver))
         return
     names = ", ".join(torch.cuda.get_device_name(index) for index in range(seen))
-    if context.world.local_size > seen and asked != "cpu":
+    world = context.world
+    try:
+        own_device(replace(world, local_rank=world.local_size - 1), 0 if asked == "cpu" else seen)
+    except WorldError:
         advice = f"start at most {seen} ranks per host, or set world.device to cpu"
-        yield failed("GPUs", f"{seen} ({names}) for {context.world.local_size} ranks of this host", advice)
+        yield failed("GPUs", f"{seen} ({names}) for {world.local_size} ranks of this host", advice)
         return
-    torch.ones(64, 64, device=torch.device("cuda", context.world.local_rank % seen)).square().sum().item()
+    torch.ones(64, 64, device=torch.device("cuda", 0)).square().sum().item()
     library = ".".join(map(str, torch.cuda.nccl.version()))
     yield ok("GPUs", f"{seen} ({names}), CUDA {torch.version.cuda}, NCCL {library}")
     apart = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,10 +10,11 @@ import torch
 from torch import Tensor
 
 from distloop import collectives
-from distloop.build.identity import software
+from distloop.build.device import own_device, visible_gpus
+from distloop.build.identity import OWN, software
 from distloop.doctor.findings import Context, Finding, failed, in_words, ok, warning
 from distloop.errors import DistloopError, WorldError
-from distloop.messages import gather_json
+from distloop.messages import first_difference, gather_json
 from distloop.report import versions
 from distloop.transports import Transport
 
@@ -27,13 +27,12 @@ Attempt = Callable[[Transport, int, torch.device], str]  # returns what is wrong
 
 def meet(context: Context) -> Transport:
     """Bring the ranks together as a run does; the one place here that knows how."""
-    from distloop.transports.join import join
+    from distloop.transports.join import join, meets_by_mpi
 
     config, world = context.config.world, context.world
-    by_mpi = config.transport == "mpi" or (world.by_mpirun and "MASTER_ADDR" not in os.environ)
     found, _ = join(
         world,
-        "mpi" if by_mpi else "torch",
+        "mpi" if meets_by_mpi(world, config.transport, config.backend) else "torch",
         backend="gloo" if device_of(context).type == "cpu" else "auto",
         device=device_of(context),
         timeout=LOOKING,
@@ -43,12 +42,13 @@ def meet(context: Context) -> Transport:
 
 
 def device_of(context: Context) -> torch.device:
-    """Return where tensors of this rank would be."""
-    gpus = torch.cuda.device_count() if context.config.world.device != "cpu" else 0
-    if not gpus or context.config.world.backend == "gloo":
+    """Return where tensors that this rank sends would be."""
+    wanted = context.config.world
+    if wanted.backend == "gloo":
         return torch.device("cpu")
-    device = torch.device("cuda", context.world.local_rank % gpus)
-    torch.cuda.set_device(device)
+    device = own_device(context.world, visible_gpus(wanted.device))
+    if device.type != "cpu":
+        torch.cuda.set_device(device)
     return device
 
 
@@ -76,11 +76,8 @@ def ways(below: Transport, context: Context) -> Ways:
 def same(below: Transport, context: Context) -> Finding:
     """Compare versions, code and configuration of all ranks."""
     rows = gather_json(below, identity(context))
-    for rank, row in enumerate(rows):
-        for key, value in rows[0].items():
-            if row.get(key) != value:
-                told = f"{key} is {value} on rank 0 and {row.get(key)} on rank {rank}"
-                return failed("same everywhere", told, "install the same, and start all ranks with the same settings")
+    if told := first_difference(rows):
+        return failed("same everywhere", told, "install the same, and start all ranks with the same settings")
     return ok("same everywhere", f"{len(rows[0])} versions and settings of {below.size} ranks")
 
 
@@ -90,7 +87,8 @@ def identity(context: Context) -> dict[str, Any]:
         name: versions.package(name)() for name in ("numpy", "deepspeed", "mpi4py", "pydantic")
     }
     settings: dict[str, Any] = context.config.model_dump(mode="json")
-    return own | {f"{section}.{key}": str(v) for section, keys in settings.items() for key, v in keys.items()}
+    told = {f"{section}.{key}": value for section, keys in settings.items() for key, value in keys.items()}
+    return own | {dotted: value for dotted, value in told.items() if dotted not in OWN}
 
 
 def sums(below: Transport, name: str, way: Transport, device: torch.device) -> Iterator[Finding]:

@@ -14,7 +14,10 @@ def found() -> str:
         return f"unclear: {failure}"
     if world.launcher == "none":
         return "none: one rank"
-    return f"{world.launcher}: rank {world.rank} of {world.size}, {world.local_rank} of {world.local_size} on this host"
+    told = f"{world.launcher}: rank {world.rank} of {world.size}"
+    if not world.host_known:
+        return f"{told}, it does not say which of them share a host"
+    return f"{told}, {world.local_rank} of {world.local_size} on this host"
 
 
 def why() -> str:
@@ -22,4 +25,4 @@ def why() -> str:
     try:
         return World.from_environment().because
     except DistloopError:
-        return "unclear"
+        return "the variables contradict each other, or some are missing"

@@ -26,7 +26,8 @@ QUERY = "index,name,memory.total,driver_version,compute_cap"
 
 
 def platform() -> str:
-    return f"{_platform.platform()} {_platform.libc_ver()[0]} {_platform.libc_ver()[1]}".strip()
+    told, libc = _platform.platform(), "".join(_platform.libc_ver())
+    return told if libc in told else f"{told} {libc}"
 
 
 def cpu(proc: Path = PROC) -> str:

@@ -14,7 +14,21 @@ EXACT = frozenset(
     ]
 )
 PREFIXES = (
-    *("OMPI_", "PMI_", "PMIX_", "PRTE_", "MPI_", "MPICH_", "MPIR_", "MPI4PY_", "HYDRA_", "I_MPI_", "MV2_", "MVP_"),
+    *(
+        "OMPI_",
+        "PET_",
+        "PMI_",
+        "PMIX_",
+        "PRTE_",
+        "MPI_",
+        "MPICH_",
+        "MPIR_",
+        "MPI4PY_",
+        "HYDRA_",
+        "I_MPI_",
+        "MV2_",
+        "MVP_",
+    ),
     *("SLURM_", "UCX_", "FI_", "OMP_", "KMP_", "GOMP_", "MKL_", "OPENBLAS_", "ATEN_"),
     *("CUDA_", "NVIDIA_", "HIP_", "ROCR_", "NCCL_", "RCCL_", "GLOO_", "TORCH", "PYTORCH_", "DS_", "DISTLOOP_"),
 )

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import fcntl
+import ctypes
 import ipaddress
 import os
 import queue
 import re
 import socket
-import struct
 import sys
 import threading
 import time
 import weakref
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from distloop.errors import WorldError
 
 LOOKUP = 8.0  # seconds that a name has to resolve; clusters may know it only when its host is up
-ANYWHERE = ("192.0.2.1", 9)  # of TEST-NET-1 (RFC 5737): nothing is sent, the kernel only says which way it would go
-GET_ADDRESS = 0x8915  # SIOCGIFADDR
+# For documentation (RFC 5737, 3849): nothing is sent, the kernel only says which way it would go.
+ANYWHERE = ("192.0.2.1", "2001:db8::1")
+DISCARD = 9  # a port
+INTERFACE = "GLOO_SOCKET_IFNAME"
 LISTENING = "0A"  # in /proc/net/tcp
 PROC = Path("/proc")
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
@@ -31,6 +33,22 @@ def resolve(name: str, seconds: float = LOOKUP) -> list[str]:
 
     Raises:
         WorldError: the name does not resolve in time.
+    """
+    try:
+        return look_up(name, seconds)
+    except OSError as failure:
+        raise WorldError(
+            f"MASTER_ADDR={name!r} does not resolve on {socket.gethostname()}: {failure.strerror or failure}; give a "
+            "name or an address of rank 0's host that this one knows",
+            everywhere=True,
+        ) from None
+
+
+def look_up(name: str, seconds: float) -> list[str]:
+    """Return the addresses of a host; ask again until so many seconds are over.
+
+    Raises:
+        OSError: the name does not resolve in time.
     """
     answers: queue.Queue[list[str] | OSError] = queue.Queue()
     deadline = time.monotonic() + seconds
@@ -53,11 +71,7 @@ def resolve(name: str, seconds: float = LOOKUP) -> list[str]:
     except queue.Empty:
         answer = OSError(f"no answer within {seconds:g} s")
     if isinstance(answer, OSError):
-        raise WorldError(
-            f"MASTER_ADDR={name!r} does not resolve on {socket.gethostname()}: {answer.strerror or answer}; give a "
-            "name or an address of rank 0's host that this one knows",
-            everywhere=True,
-        )
+        raise answer
     return answer
 
 
@@ -73,7 +87,7 @@ def source_address(towards: str) -> str:
     family = socket.AF_INET6 if ":" in towards else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((towards, ANYWHERE[1]))
+            probe.connect((towards, DISCARD))
             return str(probe.getsockname()[0])
         except OSError:
             return ""
@@ -82,22 +96,27 @@ def source_address(towards: str) -> str:
 def own_address(master: str) -> str:
     """Return the address at which other hosts reach this one.
 
-    It is that of ``GLOO_SOCKET_IFNAME``, if it is set, else of the interface that leads to ``master``. On the master's
-    own host, many systems resolve its name to loopback: there the way out counts.
+    It is that of ``GLOO_SOCKET_IFNAME``, if the user has set it, else of the interface that leads to ``master``. On the
+    master's own host, many systems resolve its name to loopback: there the way out counts.
 
     Raises:
         WorldError: there is none.
     """
-    if name := os.environ.get("GLOO_SOCKET_IFNAME"):
-        return _of_interface(name)
-    for towards in (*(resolve(master) if master else ()), ANYWHERE[0]):
+    if names := _chosen_by_user():
+        return _of_interface(names)
+    there = resolve(master) if master else []
+    for towards in (*there, *ANYWHERE):
         found = source_address(towards)
         if found and not is_loopback(found):
             return found
+    why = ""
+    if master and all(is_loopback(address) for address in there):
+        why = f" (MASTER_ADDR={master!r} is an address of this host alone)"
+    elif master:
+        why = f" (there is no route to MASTER_ADDR={master!r}, {', '.join(there)})"
     raise WorldError(
-        f"no network interface leads from {socket.gethostname()} to other hosts"
-        + (f" (MASTER_ADDR={master!r} is an address of this host alone)" if master else "")
-        + ", and there are several: name the interface in GLOO_SOCKET_IFNAME"
+        f"no network interface leads from {socket.gethostname()} to other hosts{why}, and there are several: name the "
+        "interface in GLOO_SOCKET_IFNAME"
     )
 
 
@@ -106,8 +125,22 @@ def use_interface(address: str) -> None:
 
     Without a name gloo resolves the host's, which gives loopback on some hosts and any of the interfaces on others.
     """
-    if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_of(address)):
-        os.environ["GLOO_SOCKET_IFNAME"] = name
+    if not _chosen_by_user() and (name := interface_of(address)):
+        os.environ[INTERFACE] = _own.interface = name
+
+
+@dataclass
+class _Own:
+    interface: str = ""  # that we have told gloo; it says nothing about which of its addresses others reach
+
+
+_own = _Own()
+
+
+def _chosen_by_user() -> str:
+    """Return the interfaces that the user has named for gloo, with commas between; "" without any."""
+    names = os.environ.get(INTERFACE, "")
+    return "" if names == _own.interface else names
 
 
 def interface_of(address: str) -> str:
@@ -117,19 +150,51 @@ def interface_of(address: str) -> str:
     return next((name for name, own in with_addresses().items() if address in own), "")
 
 
-def with_addresses(proc: Path = PROC) -> dict[str, list[str]]:
-    """Return the interfaces that have addresses, with them."""
+class _Entry(ctypes.Structure):
+    """The head of a ``struct ifaddrs``, which is alike on Linux, macOS and the BSDs."""
+
+    _fields_ = (
+        ("next", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("flags", ctypes.c_uint),
+        ("address", ctypes.c_void_p),
+    )
+
+
+def with_addresses() -> dict[str, list[str]]:
+    """Return the interfaces that have addresses, with all of them, in the order in which gloo sees them.
+
+    An IPv4 address may have a label (eth0:1): it counts as an interface of its own, for gloo too.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.freeifaddrs.argtypes = (ctypes.c_void_p,)
+    first = ctypes.c_void_p()
+    if libc.getifaddrs(ctypes.byref(first)):
+        raise OSError(ctypes.get_errno(), "the system does not tell its addresses")
     found: dict[str, list[str]] = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with suppress(OSError):
-                answer = fcntl.ioctl(probe.fileno(), GET_ADDRESS, struct.pack("256s", name.encode()[:15]))
-                found.setdefault(name, []).append(socket.inet_ntoa(answer[20:24]))
-    with suppress(OSError):
-        for line in (proc / "net" / "if_inet6").read_text().splitlines():
-            digits, _, _, _, _, name = line.split()
-            found.setdefault(name, []).append(str(ipaddress.IPv6Address(bytes.fromhex(digits))))
+    try:
+        at = first.value
+        while at:
+            entry = _Entry.from_address(at)
+            if address := _read_address(entry.address):
+                found.setdefault(os.fsdecode(entry.name), []).append(address)
+            at = entry.next
+    finally:
+        libc.freeifaddrs(first)
     return found
+
+
+def _read_address(at: int | None) -> str:
+    """Return what a ``struct sockaddr`` says, if that is an address of the internet."""
+    if not at:
+        return ""
+    head = ctypes.string_at(at, 2)
+    family = int.from_bytes(head, sys.byteorder) if sys.platform == "linux" else head[1]
+    if family == socket.AF_INET:
+        return socket.inet_ntop(family, ctypes.string_at(at + 4, 4))
+    if family == socket.AF_INET6:
+        return socket.inet_ntop(family, ctypes.string_at(at + 8, 16))
+    return ""
 
 
 def listener(number: int, proc: Path = PROC) -> str | None:
@@ -172,10 +237,12 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def _of_interface(name: str) -> str:
+def _of_interface(names: str) -> str:
     known = with_addresses()
-    if found := known.get(name):
-        return found[0]
-    raise WorldError(
-        f"GLOO_SOCKET_IFNAME={name!r} is no interface with an address here (there are: {', '.join(sorted(known))})"
-    )
+    for name in names.split(","):
+        if name not in known:
+            raise WorldError(
+                f"GLOO_SOCKET_IFNAME={name!r} is no interface with an address here (there are: "
+                f"{', '.join(sorted(known))})"
+            )
+    return known[names.partition(",")[0]][0]

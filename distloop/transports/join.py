@@ -45,7 +45,7 @@ def join(
     Raises:
         WorldError: the ranks did not find each other, or what was asked for is not there.
     """
-    transport, by_mpi = _meet(world, name, backend, device, timeout, facts or {})
+    transport = _meet(world, name, backend, device, timeout, facts or {})
     if torch_collects:
         return transport, []
     if device.type != "cpu":
@@ -53,7 +53,7 @@ def join(
             raise WorldError(f"world.transport: {name} carries tensors of CPUs; use torch for models on GPUs")
         return transport, []
     reason = share(transport, timeout, wanted=share_memory)
-    if name in ("torch", "mpi") or (by_mpi and name == "auto"):
+    if name in ("torch", "mpi") or (name == "auto" and meets_by_mpi(world, name, backend)):
         found: Transport = transport
     elif name == "shared_memory":
         found = _in_shared_memory(transport, reason, timeout)
@@ -62,19 +62,23 @@ def join(
     return found, [f"ranks of one host do not share memory: {reason}"] if reason is not None else []
 
 
+def meets_by_mpi(world: World, name: str, backend: str) -> bool:
+    """Return whether ranks meet by MPI: because that is asked for, or because an mpirun started them."""
+    # nccl is torch.distributed's, and whoever sets an address wants that as well.
+    started = world.by_mpirun and "MASTER_ADDR" not in os.environ
+    return name == "mpi" or (started and backend != "nccl" and name != "torch")
+
+
 def _meet(
     world: World, name: str, backend: str, device: torch.device, timeout: float, facts: Mapping[str, Any]
-) -> tuple[Transport, bool]:
-    """Return the transport by which ranks meet, and whether that is MPI because an mpirun started them."""
-    # nccl is torch.distributed's, and whoever sets an address wants that as well.
-    by_mpi = world.by_mpirun and "MASTER_ADDR" not in os.environ and backend != "nccl" and name != "torch"
-    if name == "mpi" or by_mpi:
+) -> Transport:
+    if meets_by_mpi(world, name, backend):
         from distloop.transports import mpi
 
-        return mpi.connect(world, timeout=timeout), by_mpi
+        return mpi.connect(world, timeout=timeout)
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
-    return process_group.connect(world, backend=backend, device=device, timeout=timeout, facts=facts), False
+    return process_group.connect(world, backend=backend, device=device, timeout=timeout, facts=facts)
 
 
 def _in_shared_memory(below: Transport, reason: str | None, timeout: float) -> Transport:
