@@ -367,6 +367,7 @@ def test_differences_between_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found.found == "code is rank 0 on rank 0 and rank 1 on rank 1"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("seconds", "level"), [(0.0, Level.OK), (30.0, Level.WARNING), (-30.0, Level.WARNING)])
 def test_clocks(monkeypatch: pytest.MonkeyPatch, seconds: float, level: Level) -> None:
     class Clock:
