@@ -180,9 +180,11 @@ def test_every_strategy_has_every_case_in_processes() -> None:
 @pytest.mark.skipif(
     find_spec("deepspeed") is None, reason='deepspeed is not installed: pip install "distloop[deepspeed]"'
 )
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [1, 2, 3])
 def test_parity_of_deepspeed(size: int) -> None:
-    cases = by_stages(grid("deepspeed", size))[size :: 4 if size == 2 else 10]  # all of them are in docs/parity.py
+    cases = by_stages(grid("deepspeed", size))[
+        size :: 4 if size == 2 else 7
+    ]  # all of them, and four ranks, are in docs/parity.py
     assert {case.options["stage"] for case in cases} == {1, 2, 3}
     assert_parity(size, cases, in_processes(size, run_cases, cases))
 
