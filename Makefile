@@ -4,6 +4,9 @@ RANKS ?= 2
 CONFIG ?= configs/digits.yaml
 VENV := .venv
 BIN := $(VENV)/bin
+# As many workers as tests/conftest.py says; what must not run beside other tests does so after them, by itself.
+BESIDE := -n auto --dist worksteal
+TESTED := not chaos and not compiles and not cluster
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: help train test test-fast test-chaos test-long test-mpich test-deepspeed test-cluster lint format docs bench bench-all-reduce bench-overlap bench-adam bench-offload bench-deterministic bench-safety collectives parity kinds gallery clean
@@ -36,10 +39,12 @@ train: $(VENV)/.train
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(RANKS) -m distloop train $(CONFIG) --world.device cpu
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not chaos and not compiles and not cluster"
+	$(BIN)/python -m pytest $(BESIDE) -m "$(TESTED) and not alone"
+	$(BIN)/python -m pytest -m "$(TESTED) and alone"
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow and not chaos and not compiles and not cluster"
+	$(BIN)/python -m pytest $(BESIDE) -m "$(TESTED) and not slow and not alone"
+	$(BIN)/python -m pytest -m "$(TESTED) and not slow and alone"
 
 test-chaos: $(VENV)/.dev
 	$(BIN)/python -m pytest -m chaos

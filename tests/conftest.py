@@ -30,3 +30,10 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
         if name.startswith(("DISTLOOP_", "SLURM_", "OMPI_", "PMI_")) or name in ("RANK", "WORLD_SIZE"):
             monkeypatch.delenv(name)
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many tests run beside each other: one a core, but two in any case, for most of them wait."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(cores, 2), 8)

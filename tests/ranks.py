@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,10 +62,26 @@ def in_processes(size: int, function: Callable[..., Any], *arguments: Any, over:
     return [found[rank] for rank in range(size)]
 
 
+def _own_ports() -> Iterator[int]:
+    """Yield ports in turn that no other worker of this test run yields, nor the system gives to whoever asks for any.
+
+    Between the moment when one is found free and that when a rank listens there, others ask for ports all the time.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw8").removeprefix("gw"))  # 8 workers, and who has none
+    first = 12_000 + 2_000 * worker
+    return itertools.cycle([first + (os.getpid() + n) % 2_000 for n in range(2_000)])
+
+
+_ports = _own_ports()
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    for port in _ports:
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as whoever will listen there does
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("never reached")
 
 
 def _rank(

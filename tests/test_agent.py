@@ -134,6 +134,7 @@ def test_a_signal_from_the_scheduler_and_from_the_agent_is_one(tmp_path: Path) -
     assert (ended.code, ended.err) == (75, "")
 
 
+@pytest.mark.alone
 def test_a_second_order_kills(tmp_path: Path) -> None:
     job = start("hang,hang", tmp_path)
     until(lambda: all((tmp_path / f"ready-{rank}").exists() for rank in range(2)))

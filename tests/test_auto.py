@@ -97,6 +97,7 @@ def picks(transport: Transport) -> tuple[list[str], float, dict[str, int]]:
     return [auto.pick(size) for size in (4, KIB, 64 * KIB, MIB, 16 * MIB)], seconds, measured
 
 
+@pytest.mark.alone
 def test_ranks_pick_alike_and_remember(own_cache: Path) -> None:
     first = ThreadCluster(3).run(picks)
     assert first[0][0] == first[1][0] == first[2][0]

@@ -367,6 +367,7 @@ def test_retention_keeps_what_must_be_kept(
     assert left == kept | {s for s in steps if s in best | {reading} or s > valid[-1] or (every and s % every == 0)}
 
 
+@pytest.mark.alone
 def test_the_lock_names_its_holder_within_two_seconds_and_dies_with_it(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from distloop.checkpoints import RunLock\n"

@@ -236,6 +236,7 @@ def test_a_run_says_its_threads(tmp_path: Path) -> None:
     assert f"1 (by train.deterministic; {told})" in line
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(len(cores.affinity()) < 2, reason="needs two cores")
 def test_ranks_are_bound_where_that_is_asked_for(tmp_path: Path) -> None:
     codes, line, err = started(tmp_path, "--world.bind", "cores")

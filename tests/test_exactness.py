@@ -139,9 +139,10 @@ def share(place: tuple[str | int, ...], places: Sequence[tuple[str | int, ...]],
     return taken + in_single_precision(taken[::3])
 
 
-# What is left out here is in the table that docs/parity.py makes, of every strategy on every transport.
-IN_THREADS = [("naive", n) for n in (1, 2, 3, 4, 8)] + [("ring", 4), ("direct", 3), ("auto", 5)]
-IN_THREADS += [("zero_offload", 1), ("zero_offload", 3), ("tree", 1), ("tree", 3), ("tree", 8)]
+# What is left out here is in the table that docs/parity.py makes, of every strategy on every transport. In threads are
+# the numbers of ranks that processes do not have; any case of up to four ranks in threads is drawn above.
+IN_THREADS = [("naive", 1), ("naive", 8), ("direct", 3), ("auto", 5)]
+IN_THREADS += [("zero_offload", 1), ("tree", 1), ("tree", 8)]
 IN_PROCESSES = [
     *[("ddp", "torch", n) for n in (2, 3, 4)],
     *[("naive", "torch", 3), ("ring", "torch", 4), ("direct", "torch", 2), ("auto", "torch", 2)],
@@ -180,9 +181,11 @@ def test_every_strategy_has_every_case_in_processes() -> None:
 @pytest.mark.skipif(
     find_spec("deepspeed") is None, reason='deepspeed is not installed: pip install "distloop[deepspeed]"'
 )
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [1, 2, 3])
 def test_parity_of_deepspeed(size: int) -> None:
-    cases = by_stages(grid("deepspeed", size))[size :: 4 if size == 2 else 10]  # all of them are in docs/parity.py
+    cases = by_stages(grid("deepspeed", size))[
+        size :: 4 if size == 2 else 7
+    ]  # all of them, and four ranks, are in docs/parity.py
     assert {case.options["stage"] for case in cases} == {1, 2, 3}
     assert_parity(size, cases, in_processes(size, run_cases, cases))
 

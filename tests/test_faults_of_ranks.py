@@ -11,6 +11,8 @@ import pytest
 from tests.faulty_tasks import MARK
 from tests.ranks import Ended, run_command
 
+pytestmark = pytest.mark.alone  # a rank that starts late, or ends late, is what is measured
+
 ROOT = Path(__file__).parent.parent
 QUIET = ("--log.tensorboard", "false", "--log.picture", "false", "--data.global_batch_size", "30")
 SOON = 3.0  # seconds, generously; docs say about one

@@ -366,6 +366,7 @@ def in_shm() -> set[Path]:
     return {path for path in Path("/dev/shm").iterdir() if not path.name.startswith("sm_segment")}
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("over", ["sockets", "shared_memory"])
 def test_nothing_is_left_behind(over: str) -> None:
     before = in_shm()

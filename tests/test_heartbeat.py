@@ -16,6 +16,8 @@ import pytest
 
 from tests.ranks import Ended, free_port, run_command
 
+pytestmark = pytest.mark.alone  # who does not get its turn on a core is silent too
+
 ROOT = Path(__file__).parent.parent
 QUIET = ("--log.tensorboard", "false", "--log.picture", "false", "--data.global_batch_size", "30", "--log.name", "run")
 MARK = ".fault"

@@ -61,6 +61,7 @@ def in_group(arguments: list[str]) -> None:
     command(arguments)
 
 
+@pytest.mark.alone
 def test_a_rank_over_the_limit_is_reported_so(tmp_path: Path, group: Path) -> None:
     quiet = ("--log.tensorboard", "false", "--log.picture", "false", "--strategy.name", "naive", "--log.name", "run")
     ends: list[Ended] = run_command(

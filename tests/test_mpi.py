@@ -182,6 +182,7 @@ def said(job: Ended) -> list[str]:
     return [line.strip() for line in job.err.splitlines() if line.startswith("distloop: ")]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("task", "size", "code", "sentence"),
     [

@@ -164,6 +164,7 @@ def test_epochs_and_neighbouring_seeds_are_unrelated() -> None:
                 assert int((one == other).sum()) < 10, "one in place is to be expected"
 
 
+@pytest.mark.alone
 def test_a_trillion_samples_cost_nothing() -> None:
     """Their first and their last batches are there at once, in an order or as they come."""
     samples, world = 10**12, World(1, 2, 1, 2)

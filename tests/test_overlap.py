@@ -165,6 +165,7 @@ def overlapped(transport: Transport) -> list[str]:
     return events
 
 
+@pytest.mark.alone
 def test_a_bucket_leaves_while_backward_goes_on() -> None:
     for events in in_threads(2, overlapped):
         before, after = events[: events.index("next micro-batch")], events[events.index("next micro-batch") :]

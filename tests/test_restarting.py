@@ -37,7 +37,7 @@ def sound(figures: Figures, least: int) -> None:
 @pytest.mark.timeout(600)
 def test_killed_runs_lose_and_repeat_no_sample_and_end_in_the_same_weights(folder: Path) -> None:
     """On another number of ranks after each kill."""
-    sound(kills(20, 1, folder, (1, 2, 3, 4), DETERMINISTIC), 20)
+    sound(kills(10, 1, folder, (1, 2, 3, 4), DETERMINISTIC), 10)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from distloop.transports import introduction
 from distloop.transports.introduction import Caller, Verdict, introduce, whose
 from distloop.transports.roll_call import RollCall
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.alone]
 
 STORE = "10.0.0.1 4711"
 

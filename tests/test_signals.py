@@ -46,6 +46,7 @@ def line(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("first", "second"), [("INT", "INT"), ("TERM", "TERM"), ("USR1", "TERM"), ("INT", "TERM")])
 def test_a_second_signal_ends_a_process_that_hangs(first: str, second: str) -> None:
     one, two = signal.Signals[f"SIG{first}"], signal.Signals[f"SIG{second}"]
@@ -85,6 +86,7 @@ WAITS = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("wait", WAITS)
 def test_a_signal_during_the_imports_ends_at_once(tmp_path: Path, number: signal.Signals, wait: str) -> None:

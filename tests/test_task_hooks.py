@@ -393,6 +393,7 @@ def test_a_task_may_return_to_its_data_set(tmp_path: Path) -> None:
     assert result.steps == 1 + 3 + 3
 
 
+@pytest.mark.alone
 def test_a_rank_may_have_nothing_in_one_epoch_and_much_in_another(tmp_path: Path) -> None:
     def answer(rank: int, epoch: int) -> PerRank:
         count = [(0, 7), (5, 0), (3, 1)][epoch][rank]

@@ -252,6 +252,7 @@ def exponentials(model: nn.Module, step: int) -> Tensor:
     return torch.stack([p.exp().sum() for p in model.parameters()]).sum()  # whose gradient is kept from here
 
 
+@pytest.mark.alone
 def test_forward_begins_while_values_are_on_their_way(monkeypatch: pytest.MonkeyPatch) -> None:
     link, early = SlowLink(seconds=0.01), []
     learner = learner_of(Fit(), link)
@@ -274,6 +275,7 @@ def test_parameters_used_outside_their_modules_are_waited_for() -> None:
     assert_same(fitted(Fit(exponentials), SlowLink(seconds=0.01)), fitted_plainly(Fit(exponentials)))
 
 
+@pytest.mark.alone
 def test_without_looking_for_them_they_would_be_stale(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Gates, "_used", lambda self, parameter: None)
     monkeypatch.setattr(Gates, "check", lambda self, parameter, stale: None)
@@ -408,6 +410,7 @@ def test_an_overflow_leaves_everything_as_it_was() -> None:
 # -- how memory is used ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_gradients_are_held_only_as_long_as_they_must_be() -> None:
     def allocated(clip: list[Any]) -> int:
         objective, link = Fit(), SlowLink(seconds=1e-4)
