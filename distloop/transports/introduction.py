@@ -88,20 +88,14 @@ def introduce(
     """
     deadline, notice = time.monotonic() + timeout, time.monotonic() + NOTICE
     while True:
-        reasons = []
-        for host, port in (tried := where()):
-            try:
-                verdict = _ask(own, host, port, deadline)
-            except OSError as failure:
-                reasons.append((failure.strerror or str(failure) or "no answer").lower())
-            except _StrangerError as failure:
-                if sure:
-                    raise WorldError(str(failure), everywhere=everywhere) from None
-                reasons.append(str(failure))
-            else:
-                return verdict.check()
-        shown, reason = " or ".join(f"{host}:{port}" for host, port in tried), "; ".join(dict.fromkeys(reasons))
-        now = time.monotonic()
+        tried = where()
+        try:
+            verdict, reason = _ask_each(own, tried, deadline, sure=sure)
+        except _StrangerError as failure:
+            raise WorldError(str(failure), everywhere=everywhere) from None
+        if verdict is not None:
+            return verdict.check()
+        shown, now = " or ".join(f"{host}:{port}" for host, port in tried), time.monotonic()
         if now >= deadline:
             raise WorldError(
                 f"rank {own.rank} of {own.size} could not reach rank 0 at {shown} within {timeout:g} s: {reason}; "
@@ -112,6 +106,23 @@ def introduce(
             say(f"rank {own.rank} has not reached rank 0 at {shown} for {NOTICE:g} s: {reason}")
             notice = now + NOTICE
         time.sleep(0.05)
+
+
+def _ask_each(
+    own: Caller, where: Sequence[tuple[str, int]], deadline: float, *, sure: bool
+) -> tuple[Verdict | None, str]:
+    """Return the verdict of the first at which rank 0 answers, or why nobody does."""
+    reasons = []
+    for host, port in where:
+        try:
+            return _ask(own, host, port, deadline), ""
+        except OSError as failure:
+            reasons.append((failure.strerror or str(failure) or "no answer").lower())
+        except _StrangerError as failure:
+            if sure:
+                raise
+            reasons.append(str(failure))
+    return None, "; ".join(dict.fromkeys(reasons))
 
 
 def whose(address: str, port: int) -> str:
