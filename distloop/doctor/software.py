@@ -37,7 +37,7 @@ def gpus(context: Context) -> Iterator[Finding]:
             yield ok("GPUs", f"none ({'; '.join(driver)})")
         return
     names = ", ".join(torch.cuda.get_device_name(index) for index in range(seen))
-    if context.world.local_size > seen and asked != "cpu":
+    if context.world.host_known and context.world.local_size > seen and asked != "cpu":
         advice = f"start at most {seen} ranks per host, or set world.device to cpu"
         yield failed("GPUs", f"{seen} ({names}) for {context.world.local_size} ranks of this host", advice)
         return
