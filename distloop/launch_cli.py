@@ -57,16 +57,15 @@ def launch(
 ) -> None:
     """Start TARGET, a configuration or a task, by a launcher.
 
-    Behind it stands what train takes: settings, --resume. The configuration is checked before anything starts. With
-    --print, what would be started is shown instead:
+    Behind it stands what train takes, which is checked before anything starts. --print shows what would be started:
 
         distloop launch --via torchrun --ranks-per-node 4 --print configs/digits.yaml --optimizer.lr 0.1
     """
     from distloop.failure import guarded
 
     def work() -> int:
-        words = (*([] if target is None else [target]), *context.args, *(["--traceback"] if traceback else []))
-        wanted = Wanted(words, sys.executable, nodes, ranks, master)
+        words = [*([] if target is None else [target]), *context.args, *(["--traceback"] if traceback else [])]
+        wanted = Wanted(tuple(words), sys.executable, nodes, ranks, master)
         resolved = _checked(wanted, via, node, only_print=only_print)
         if via == "slurm":
             folder = str(Path(sys.executable).parent)
@@ -74,10 +73,8 @@ def launch(
             return _print(script.rstrip("\n")) if only_print else _submit(script)
         if via == "torchrun" and node is None and nodes > 1:
             return _print("\n".join(commands.shown(commands.torchrun(wanted, host)) for host in range(nodes)))
-        if via == "docker":
-            command = commands.docker(wanted, _box(wanted, resolved, image, make_runs=not only_print))
-        else:
-            command = _command(wanted, via, node or 0, only_print=only_print)
+        box = _box(wanted, resolved, image, make_runs=not only_print) if via == "docker" else None
+        command = _command(wanted, via, node or 0, box, only_print=only_print)
         return _print(commands.shown(command)) if only_print else _run(command, via)
 
     guarded(work, traceback=traceback)
@@ -107,7 +104,9 @@ def _checked(wanted: Wanted, via: str, node: int | None, *, only_print: bool) ->
     return resolved
 
 
-def _command(wanted: Wanted, via: str, node: int, *, only_print: bool) -> list[str]:
+def _command(wanted: Wanted, via: str, node: int, box: Box | None, *, only_print: bool) -> list[str]:
+    if box is not None:
+        return commands.docker(wanted, box)
     if via == "local":
         return commands.local(wanted)
     if via == "torchrun":
