@@ -25,12 +25,6 @@ def addresses_of_master(world: World, master: Master) -> tuple[list[str], bool]:
     outside = [address for address in found if not is_loopback(address)]
     if outside:
         return outside, False
-    if master.other_host:
-        raise WorldError(
-            f"MASTER_ADDR={master.address!r} is {socket.gethostname()} itself, and rank 0 is on another host: "
-            f"{NAME_IT}",
-            everywhere=True,
-        )
     return found, world.single_host or (chosen and not world.host_known)
 
 
