@@ -189,11 +189,10 @@ def test_where_rank_0_is_looked_for(
     assert listening.addresses_of_master(world, master(address)) == (where, here)
 
 
-def test_a_rank_of_another_host_knows_that_loopback_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listening, "resolve", lambda name: ["127.0.1.1"])
-    there = Master.from_environment(World(1, 2, 0, 1, "torchrun"), BARE | {"GROUP_RANK": "1"})
-    with pytest.raises(WorldError, match=r"MASTER_ADDR='h0' is .* itself, and rank 0 is on another host: set it to a"):
-        listening.addresses_of_master(World(1, 2, 0, 1, "torchrun"), there)
+def test_whether_rank_0_is_on_another_host() -> None:
+    for launcher, variables in (("torchrun", {"GROUP_RANK": "1"}), ("Slurm", SLURM | {"SLURM_NODEID": "1"})):
+        assert Master.from_environment(World(1, 2, 0, 1, launcher), BARE | variables).other_host
+    assert not Master.from_environment(World(1, 2, 0, 1, "torchrun"), BARE | {"GROUP_RANK": "0"}).other_host
 
 
 def test_listeners_close_where_one_address_is_taken() -> None:

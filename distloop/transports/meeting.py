@@ -23,7 +23,7 @@ from distloop.errors import WorldError
 from distloop.master import Master
 from distloop.transports.addresses import close_in_children, is_loopback, own_address, use_interface
 from distloop.transports.hosts import host
-from distloop.transports.introduction import Caller, introduce, who_this_is
+from distloop.transports.introduction import NOTICE, Caller, introduce, who_this_is
 from distloop.transports.listening import EVERYWHERE, LOCAL, NAME_IT, addresses_of_master, family, listen
 from distloop.transports.roll_call import RollCall
 from distloop.world import World
@@ -73,9 +73,9 @@ def _at_master(world: World, master: Master, timeout: float, facts: Mapping[str,
     where = [(address, port) for port in master.ports for address in addresses]
     hint = "is it started, on that host, and may connections pass?"
     if local and not here:
-        hint = (
-            f"MASTER_ADDR={master.address!r} is {socket.gethostname()} itself; if rank 0 is on another host, {NAME_IT}"
-        )
+        hint = f"MASTER_ADDR={master.address!r} is {socket.gethostname()} itself; if rank 0 is elsewhere, {NAME_IT}"
+        if master.other_host:  # hosts can be one machine, where somebody tries things: leave rank 0 a while to come
+            timeout = min(timeout, NOTICE)
     verdict = introduce(
         own,
         lambda: where,
