@@ -123,7 +123,7 @@ def test_one_rank_of_a_launcher_tries_two_of_its_own(tmp_path: Path) -> None:
     inherited = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     inherited |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "a", "MASTER_PORT": str(free_port())}
     arguments = ("--only", "ranks", "--world.transport", "mpi", "--world.timeout", "30")
-    code, found, err = doctor(*arguments, folder=tmp_path, variables=inherited | {"MASTER_ADDR": "127.0.0.1"})
+    code, found, err = forked_doctor(*arguments, folder=tmp_path, MASTER_ADDR="127.0.0.1", **inherited)
     assert code == 0, (found, err)
     assert found["rendezvous"]["found"].startswith("2 ranks on 1 host met")
 
