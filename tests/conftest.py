@@ -34,6 +34,6 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Return how many tests run beside each other: one a core, but two in any case, for most of them wait."""
+    """Return how many tests run beside each other: one a core and one more, for many of them wait."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(cores, 2), 8)
+    return min(cores + 1, 8)

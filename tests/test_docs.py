@@ -120,7 +120,6 @@ def test_links_in_documents_lead_somewhere() -> None:
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 def test_the_benchmark_runs_and_its_sides_agree() -> None:
     benchmark = load(ROOT / "benchmarks" / "loop_overhead.py")

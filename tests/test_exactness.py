@@ -141,7 +141,7 @@ def share(place: tuple[str | int, ...], places: Sequence[tuple[str | int, ...]],
 
 # What is left out here is in the table that docs/parity.py makes, of every strategy on every transport. In threads are
 # the numbers of ranks that processes do not have; any case of up to four ranks in threads is drawn above.
-IN_THREADS = [("naive", 1), ("naive", 8), ("direct", 3), ("auto", 5)]
+IN_THREADS = [("naive", 1), ("direct", 3), ("auto", 5)]
 IN_THREADS += [("zero_offload", 1), ("tree", 1), ("tree", 8)]
 IN_PROCESSES = [
     *[("ddp", "torch", n) for n in (2, 3, 4)],

@@ -157,7 +157,7 @@ def quick_rounds(transport: Transport, rounds: int) -> None:
         flat.fill_(-1000)  # at once: nobody may still read it
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [2, 4])
 def test_sums_in_shared_memory_do_not_race(size: int) -> None:
     in_processes(size, quick_rounds, 200, over="shared_memory")
 

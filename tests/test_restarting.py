@@ -44,13 +44,13 @@ def test_killed_runs_lose_and_repeat_no_sample_and_end_in_the_same_weights(folde
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("strategy", FAST)
 def test_every_fast_strategy_goes_on_to_the_bit_on_as_many_ranks(folder: Path, strategy: str) -> None:
-    sound(kills(3, 1, folder, (2, 2), {"strategy.name": strategy}), 3)
+    sound(kills(2, 1, folder, (2, 2), {"strategy.name": strategy}), 2)  # 20 of each in tests/long
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_signalled_runs_stop_together_and_go_on(folder: Path) -> None:
-    sound(signals(10, 1, folder, (1, 2, 3, 4)), 10)
+    sound(signals(6, 1, folder, (1, 2, 3, 4)), 6)  # 200 in tests/long
 
 
 @pytest.mark.slow
