@@ -215,6 +215,7 @@ def test_torchrun_restarts_form_anew_and_go_on(tmp_path: Path) -> None:
         code = launcher.wait(100)
     out = (tmp_path / "out").read_text()
     assert code == 0, out
-    assert "rank 1 was killed by signal 9" in out
+    # How it ended can be read until torchrun has taken note of it, which may be before the other rank looks.
+    assert "rank 1 was killed by signal 9" in out or "rank 1 has ended" in out, out
     assert "resumed       from step 4, of 2 ranks" in out, "nobody has told it to"
     assert json.loads((tmp_path / "runs/run/result.json").read_text())["steps"] == 12, out
