@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distloop.errors import DistloopError, MismatchError
 from distloop.transports import Transport
+from distloop.transports.differences import first_difference
 
 
 def gather_json(transport: Transport, value: Any) -> list[Any]:
@@ -33,16 +34,6 @@ def agree_on(
         return
     if different := first_difference(gather_json(transport, dict(facts))):
         raise error(f"ranks differ in {what}: {different}")
-
-
-def first_difference(by_rank: Sequence[Mapping[str, Any]]) -> str:
-    """Return in words the first fact that is not the same on rank 0 and another, with both sides; "" if all are."""
-    for rank, theirs in enumerate(by_rank):
-        for key in [*by_rank[0], *theirs]:
-            one, other = (json.dumps(facts.get(key), sort_keys=True) for facts in (by_rank[0], theirs))
-            if one != other:  # as text, because NaN is not equal to itself
-                return f"{key} is {one} on rank 0 and {other} on rank {rank}"
-    return ""
 
 
 def digest(text: str) -> int:

@@ -287,7 +287,6 @@ def test_a_roll_call_that_breaks_is_not_waited_for(monkeypatch: pytest.MonkeyPat
     def broken(*callers: Any) -> str:
         raise MemoryError("no more")
 
-    monkeypatch.setattr("distloop.transports.roll_call.difference", broken)
     monkeypatch.setattr(RollCall, "_serve", broken)
     call = RollCall(caller(0), [], STORE, 600.0, print)
     assert call.hold().refused == "rank 0 could not call the roll: no more"

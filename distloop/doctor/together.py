@@ -14,9 +14,10 @@ from distloop.build.device import own_device, visible_gpus
 from distloop.build.identity import OWN, software
 from distloop.doctor.findings import Context, Finding, failed, in_words, ok, warning
 from distloop.errors import DistloopError, WorldError
-from distloop.messages import first_difference, gather_json
+from distloop.messages import gather_json
 from distloop.report import versions
 from distloop.transports import Transport
+from distloop.transports.differences import first_difference
 
 PATIENCE = 15.0  # seconds that ranks wait for each other while they try things
 LOOKING = 180.0  # and for one of another host that still looks at that

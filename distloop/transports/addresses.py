@@ -82,10 +82,14 @@ def is_loopback(address: str) -> bool:
         return False
 
 
+def family(address: str) -> socket.AddressFamily:
+    """Return whether an address is of IPv4 or of IPv6."""
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
 def source_address(towards: str) -> str:
     """Return the address of this host from which the kernel would send to ``towards``; "" if there is no way."""
-    family = socket.AF_INET6 if ":" in towards else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+    with socket.socket(family(towards), socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((towards, DISCARD))
             return str(probe.getsockname()[0])
@@ -189,11 +193,11 @@ def _read_address(at: int | None) -> str:
     if not at:
         return ""
     head = ctypes.string_at(at, 2)
-    family = int.from_bytes(head, sys.byteorder) if sys.platform == "linux" else head[1]
-    if family == socket.AF_INET:
-        return socket.inet_ntop(family, ctypes.string_at(at + 4, 4))
-    if family == socket.AF_INET6:
-        return socket.inet_ntop(family, ctypes.string_at(at + 8, 16))
+    kind = int.from_bytes(head, sys.byteorder) if sys.platform == "linux" else head[1]
+    if kind == socket.AF_INET:
+        return socket.inet_ntop(kind, ctypes.string_at(at + 4, 4))
+    if kind == socket.AF_INET6:
+        return socket.inet_ntop(kind, ctypes.string_at(at + 8, 16))
     return ""
 
 

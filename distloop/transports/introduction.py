@@ -17,6 +17,7 @@ LONGEST = 1 << 20  # bytes of a line
 ANSWER = 8.0  # seconds that whoever listens has to answer, and a caller to say who it is
 NOTICE = 10.0  # seconds of waiting after which, and between which, the user hears for whom
 PROTOCOL = 1
+HINT = "is it started, on that host, and may connections pass?"
 ADVICE = "give one of the two jobs another MASTER_PORT"
 
 
@@ -69,7 +70,7 @@ def introduce(
     *,
     sure: bool = True,
     everywhere: bool = False,
-    hint: str = "is it started, on that host, and may connections pass?",
+    hint: str = HINT,
 ) -> Verdict:
     """Tell rank 0 who this is; return its verdict.
 

@@ -7,7 +7,7 @@ import socket
 
 from distloop.errors import WorldError
 from distloop.master import Master
-from distloop.transports.addresses import close_in_children, is_loopback, resolve
+from distloop.transports.addresses import close_in_children, family, is_loopback, resolve
 from distloop.transports.introduction import whose
 from distloop.world import World
 
@@ -60,8 +60,3 @@ def _listen_at(address: str, port: int) -> socket.socket:
         if failure.errno != errno.EADDRNOTAVAIL:
             raise
     return close_in_children(socket.create_server((EVERYWHERE, port), family=family(address)))
-
-
-def family(address: str) -> socket.AddressFamily:
-    """Return whether an address is of IPv4 or of IPv6."""
-    return socket.AF_INET6 if ":" in address else socket.AF_INET

@@ -21,10 +21,10 @@ from torch.distributed.rendezvous import rendezvous
 
 from distloop.errors import WorldError
 from distloop.master import Master
-from distloop.transports.addresses import close_in_children, is_loopback, own_address, use_interface
+from distloop.transports.addresses import close_in_children, family, is_loopback, own_address, use_interface
 from distloop.transports.hosts import host
-from distloop.transports.introduction import NOTICE, Caller, introduce, who_this_is
-from distloop.transports.listening import EVERYWHERE, LOCAL, NAME_IT, addresses_of_master, family, listen
+from distloop.transports.introduction import HINT, NOTICE, Caller, introduce, who_this_is
+from distloop.transports.listening import EVERYWHERE, LOCAL, NAME_IT, addresses_of_master, listen
 from distloop.transports.roll_call import RollCall
 from distloop.world import World
 
@@ -71,7 +71,7 @@ def _at_master(world: World, master: Master, timeout: float, facts: Mapping[str,
         # A name that is loopback here alone, as on many systems the host's own is, leads the others elsewhere.
         return _hold(own, listen([EVERYWHERE] if local and not here else addresses, master), timeout)
     where = [(address, port) for port in master.ports for address in addresses]
-    hint = "is it started, on that host, and may connections pass?"
+    hint = HINT
     if local and not here:
         hint = f"MASTER_ADDR={master.address!r} is {socket.gethostname()} itself; if rank 0 is elsewhere, {NAME_IT}"
         if master.other_host:  # hosts can be one machine, where somebody tries things: leave rank 0 a while to come

@@ -7,7 +7,6 @@ a stranger on that port, nor another job, nor a rank that is there twice, and wa
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 import threading
 import time
@@ -17,18 +16,8 @@ from dataclasses import asdict
 from typing import Any
 
 from distloop.transports.addresses import is_loopback
+from distloop.transports.differences import first_difference
 from distloop.transports.introduction import ADVICE, ANSWER, LONGEST, NOTICE, Caller, Verdict, line, read_caller
-
-
-def difference(by_rank: Sequence[Caller]) -> str:
-    """Return in words the first fact that is not the same on two ranks; "" if there is none."""
-    first = by_rank[0]
-    for other in by_rank[1:]:
-        for key in [*first.facts, *other.facts]:
-            one, two = (json.dumps(caller.facts.get(key), sort_keys=True) for caller in (first, other))
-            if one != two:
-                return f"ranks differ: {key} is {one} on {first.name} and {two} on {other.name}"
-    return ""
 
 
 class RollCall:
@@ -150,7 +139,8 @@ class RollCall:
     def _look(self) -> None:
         if len(self._here) == self._own.size and self._verdict is None:
             callers = [self._here[rank] for rank in range(self._own.size)]
-            refused = difference(callers) or _out_of_reach(callers)
+            told = first_difference([caller.facts for caller in callers], [caller.name for caller in callers])
+            refused = f"ranks differ: {told}" if told else _out_of_reach(callers)
             self._decide(Verdict(refused=refused) if refused else Verdict(store=self._store))
 
     def _decide(self, verdict: Verdict) -> None:

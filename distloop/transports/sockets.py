@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from distloop.errors import RankDiedError, WorldError
-from distloop.transports.addresses import close_in_children, own_address
+from distloop.transports.addresses import close_in_children, family, own_address
 from distloop.transports.base import Transport
 from distloop.transports.streams import StreamTransport
 
@@ -101,8 +101,7 @@ def connect_all(below: Transport, timeout: float) -> dict[int, socket.socket]:
     """
     local = len(set(below.hosts)) == 1 and bool(below.hosts)
     address = "127.0.0.1" if local else own_address(os.environ.get("MASTER_ADDR", ""))
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family) as listener:
+    with socket.socket(family(address)) as listener:
         listener.bind((address, 0))
         listener.listen(below.size + 128)  # strangers must not fill the queue
         told = _tell(below, address, listener.getsockname()[1], secrets.token_bytes(TOKEN))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import time
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -151,13 +152,13 @@ class StreamTransport(Transport):
         """Return the peers that something is to be written to, and those that something is to be read from."""
         return [p for p, queue in self._out.items() if queue], [p for p, queue in self._in.items() if queue]
 
+    @abstractmethod
     def idle(self, seconds: float) -> None:
         """Return when a stream may have become ready, after ``seconds`` at the latest. Raises RankDiedError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close_streams(self) -> None:
         """Let go of what the streams are made of."""
-        raise NotImplementedError
 
     def _write(self, to: int) -> bool:
         queue, stream, moved = self._out[to], self._streams[to], False
